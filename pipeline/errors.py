@@ -1,13 +1,13 @@
 """The errors of the program, and what each one means to the person who started it.
 
-    VlmBatchError
-    |-- UsageError            exit 2   wrong command line, key, value or template: nothing was touched
-    |   `-- SettingsChanged   exit 2   the output folder was planned with other settings
-    |-- RunFailed             exit 1   the run cannot go on (unwritable output, missing model, damaged file)
-    |   `-- ErrorBudgetExceeded        more than max_error_rate of the rows failed
-    `-- Interrupted           exit 75  stopped by a signal: run the same command again
+VlmBatchError
+|-- UsageError            exit 2   wrong command line, key, value or template: nothing was touched
+|   `-- SettingsChanged   exit 2   the output folder was planned with other settings
+|-- RunFailed             exit 1   the run cannot go on (unwritable output, missing model, damaged file)
+|   `-- ErrorBudgetExceeded        more than max_error_rate of the rows failed
+`-- Interrupted           exit 75  stopped by a signal: run the same command again
 
-    RowFault                  never ends a run: it becomes the error record of one row
+RowFault                  never ends a run: it becomes the error record of one row
 """
 
 from pipeline.records import Stage

@@ -2,8 +2,8 @@
 
     Row -> Prompt -> EncodedSample -> (Batch) -> Answer        every RecordKey of the plan ends in exactly one Answer
 
-Laws: a record is never changed, the next one is made. A bad row is an Answer with a fault; a bad program is an exception.
-Images travel as references (ImageRef) until a worker opens them.
+Laws: a record is never changed, the next one is made. A bad row is an Answer with a fault; a bad program is an
+exception. Images travel as references (ImageRef) until a worker opens them.
 """
 
 from __future__ import annotations

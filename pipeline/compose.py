@@ -1,0 +1,232 @@
+"""The border to Hydra: `key=value` words in, a plain RunConfig out. Past this file nobody meets OmegaConf.
+
+Group choices (dataset=images, experiment=ocr_pages) go through Hydra's compose(). Every other word sets one key: a text
+key takes its value literally, so that `prompt.user=Describe it, briefly.` needs no quoting of Hydra's; any other key is
+parsed by Hydra's grammar and checked against the type of the option.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config import RunConfig, register_schemas
+from pipeline.errors import UsageError
+from pipeline.option import doc_of
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel the configs lie inside the package, in a checkout beside it.
+CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+_GROUPS = ("dataset", "prompt", "vlm", "engine", "generation", "write", "cluster", "experiment")
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A configuration on both sides of the border."""
+
+    config: RunConfig
+    yaml: str
+
+
+def compose(words: Sequence[str], *, config_dir: str | None = None) -> Composed:
+    """The configuration that `key=value` words ask for.
+
+    Raises:
+        UsageError: an unknown key or choice (with the nearest one), a value of the wrong type, or a required key that
+            is not set.
+    """
+    tree = _tree(words, config_dir)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise UsageError(f"{missing[0]} is not set. Give it on the command line: {missing[0]}=...")
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as problem:
+        raise UsageError(_sentence(problem)) from None
+    assert isinstance(config, RunConfig)
+    return Composed(config, OmegaConf.to_yaml(tree, resolve=True))
+
+
+def described(words: Sequence[str], *, config_dir: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """Every key of a configuration with its value and its sentence, for --help."""
+    tree = _tree(words, config_dir)
+    docs = _docs(tree)
+    for key in _keys(tree):
+        node = OmegaConf.select(tree, key, throw_on_missing=False)
+        missing = OmegaConf.is_missing(*_parent(tree, key))
+        yield key, "(required)" if missing else _shown(node), docs.get(key, "")
+
+
+def choices(config_dir: str | None = None) -> Mapping[str, list[str]]:
+    """The choices of every group."""
+    with _hydra(config_dir):
+        return {group: _options(group) for group in _GROUPS}
+
+
+def _tree(words: Sequence[str], config_dir: str | None) -> DictConfig:
+    pairs = [_pair(word) for word in words]
+    with _hydra(config_dir):
+        groups = []
+        for key, value in pairs:
+            if key in _GROUPS:
+                _check_choice(key, value)
+                groups.append(f"{key}={value}")
+        if config_dir is not None:
+            groups.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
+        try:
+            tree = hydra_compose("run", overrides=groups)
+        except (HydraException, OmegaConfBaseException) as problem:
+            raise UsageError(_sentence(problem)) from None
+    for key, value in pairs:
+        if key not in _GROUPS:
+            _set(tree, key, value)
+    return tree
+
+
+def _pair(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if key in ("-m", "--multirun"):
+        raise UsageError("Multirun is not supported: one command is one dataset. Start one run for each value.")
+    if not equals:
+        raise UsageError(f"{word!r} is not key=value. See vlm-batch --help.")
+    if key.startswith("~"):
+        raise UsageError(f"{word!r}: keys cannot be removed; set {key[1:]}=null instead.")
+    return key.lstrip("+"), value
+
+
+def _options(group: str) -> list[str]:
+    found = GlobalHydra.instance().config_loader().get_group_options(group)
+    return sorted(name for name in found if not name.endswith("_schema"))
+
+
+def _check_choice(group: str, value: str) -> None:
+    if "," in value:
+        raise UsageError(f"{group}={value}: one choice at a time; multirun is not supported.")
+    found = _options(group)
+    if value not in found and value != "null":
+        raise UsageError(
+            f"{group}={value}: there is no such choice.{_nearest(value, found)} Choices: {', '.join(found)}."
+        )
+
+
+def _set(tree: DictConfig, key: str, text: str) -> None:
+    known = list(_keys(tree))
+    parent, name = _parent(tree, key)
+    open_ended = isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent))
+    if key not in known and not (open_ended and parent is not None and key.rpartition(".")[0] in known):
+        raise UsageError(f"there is no key {key!r}.{_nearest(key, [*known, *_GROUPS])} See vlm-batch run --help.")
+    try:
+        OmegaConf.update(tree, key, _value(parent, name, key, text), merge=False, force_add=open_ended)
+    except OmegaConfBaseException as problem:
+        raise UsageError(f"{key}={text}: {_sentence(problem)}") from None
+
+
+def _value(parent: Any, name: str, key: str, text: str) -> Any:
+    kind, optional = _type(parent, name)
+    if text == "null" and optional:
+        return None
+    if kind is str:
+        return _literal(text)
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={text}").value()
+    except HydraException as problem:
+        raise UsageError(f"{key}={text}: not a value this key can take ({_sentence(problem)}).") from None
+    if getattr(kind, "__origin__", kind) is list and not isinstance(parsed, list) and parsed is not None:
+        return [_literal(text)]  # stop=END means stop=[END]
+    return _literal_leaves(parsed)
+
+
+def _type(parent: Any, name: str) -> tuple[Any, bool]:
+    """The declared type of a key, without Optional, and whether null is allowed."""
+    node = parent._get_node(name, validate_access=False) if isinstance(parent, DictConfig) else None
+    if isinstance(node, Node):
+        return node._metadata.ref_type, node._metadata.optional
+    return parent._metadata.element_type, True  # a new entry of prompt.variants, vlm.processor ...
+
+
+def _literal(text: str) -> str:
+    """Text that OmegaConf gives back unchanged: ${ in it is no interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def _literal_leaves(value: Any) -> Any:
+    if isinstance(value, str):
+        return _literal(str(value))
+    if isinstance(value, dict):
+        return {str(name): _literal_leaves(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_literal_leaves(entry) for entry in value]
+    return value
+
+
+def _parent(tree: DictConfig, key: str) -> tuple[Any, str]:
+    path, _, name = key.rpartition(".")
+    parent = OmegaConf.select(tree, path) if path else tree
+    return parent, name
+
+
+def _keys(tree: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in tree:
+        key = f"{prefix}{name!s}"
+        node = tree._get_node(name)
+        if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)) and not node._is_none():
+            yield from _keys(node, f"{key}.")
+        else:
+            yield key
+
+
+def _docs(tree: DictConfig, prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in fields(OmegaConf.get_type(tree)):  # type: ignore[arg-type]
+        node = tree._get_node(entry.name)
+        if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)) and not node._is_none():
+            found |= _docs(node, f"{prefix}{entry.name}.")
+        else:
+            found[f"{prefix}{entry.name}"] = doc_of(entry)
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (DictConfig, ListConfig)):
+        value = OmegaConf.to_container(value)
+    return "null" if value is None else str(getattr(value, "name", value))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # A misspelt last part of a long key: compare the last parts alone.
+    if not found:
+        last = {key.rpartition(".")[2]: key for key in known}
+        found = [
+            last[match] for match in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1, cutoff=0.6)
+        ]
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def _sentence(problem: Exception) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
+
+
+@contextmanager
+def _hydra(config_dir: str | None) -> Iterator[None]:
+    """Hydra's global state for the length of a block, with our configs and the user's."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UsageError(f"--config-dir {config_dir}: no such folder.")
+    GlobalHydra.instance().clear()
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        yield

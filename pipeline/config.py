@@ -1,0 +1,116 @@
+"""The configuration as one typed object, and which part of it changes answers.
+
+Options stand beside the code that obeys them; this file only gathers them and registers the choices of each group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from pipeline.cluster.base import ClusterConfig
+from pipeline.cluster.local import LocalConfig
+from pipeline.dataset.base import DatasetConfig
+from pipeline.dataset.demo import DemoConfig
+from pipeline.dataset.hub import HubConfig
+from pipeline.dataset.images import ImagesConfig
+from pipeline.dataset.jsonl import JsonlConfig
+from pipeline.dataset.parquet import ParquetConfig
+from pipeline.dataset.webdataset import WebdatasetConfig
+from pipeline.option import is_speed_only, option
+from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
+from pipeline.vlm.options import EngineConfig, GenerationConfig, GreedyConfig, SampleConfig, StaticConfig, VlmConfig
+from pipeline.write.schema import WriteConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A job."""
+
+    dataset: DatasetConfig = MISSING
+    prompt: PromptConfig = MISSING
+    vlm: VlmConfig = MISSING
+    engine: EngineConfig = MISSING
+    generation: GenerationConfig = MISSING
+    write: WriteConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    output_dir: str | None = option(None, "folder of the results; null = outputs/ and the dataset's kind", speed=True)
+    seed: int = option(42, "of generation=sample; each row has a seed of its own, made from this one")
+    max_error_rate: float | None = option(
+        0.05, "share of error rows that stops the run, once 200 rows are done; null = never", speed=True
+    )
+    grace_seconds: float = option(20.0, "time to finish what is in flight after SIGTERM, SIGUSR1 or SIGINT", speed=True)
+
+    @property
+    def output_path(self) -> Path:
+        """Where the results lie."""
+        return Path(self.output_dir or f"outputs/{self.dataset.kind}").expanduser()
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The values of the column prompt_name, in order."""
+        return tuple(self.prompt.variants) or (DEFAULT_NAME,)
+
+
+def register_schemas() -> None:
+    """Tell Hydra which options each choice of a group has; configs/GROUP/CHOICE.yaml names one of these first."""
+    store = ConfigStore.instance().store
+    store(name="run_schema", node=RunConfig)
+    choices: dict[str, dict[str, type]] = {
+        "dataset": {
+            option_class.kind: option_class
+            for option_class in (DemoConfig, ImagesConfig, ParquetConfig, JsonlConfig, HubConfig, WebdatasetConfig)
+        },
+        "prompt": {"prompt": PromptConfig},
+        "vlm": {"vlm": VlmConfig},
+        "engine": {"engine": EngineConfig, "static": StaticConfig},
+        "generation": {"greedy": GreedyConfig, "sample": SampleConfig},
+        "write": {"write": WriteConfig},
+        "cluster": {"local": LocalConfig},
+    }
+    for group, schemas in choices.items():
+        for name, node in schemas.items():
+            store(group=group, name=f"{name}_schema", node=node)
+
+
+def answer_settings(config: RunConfig) -> dict[str, Any]:
+    """Every option that changes answers, by dotted key, as JSON values: what the fingerprint is made of.
+
+    A group's choice is named by its registered kind, never by a Python class. Generation without sampling has no seed.
+    """
+    settings = dict(_flat("", config))
+    settings["dataset.kind"] = config.dataset.kind
+    settings["generation.kind"] = config.generation.kind
+    if not isinstance(config.generation, SampleConfig):
+        del settings["seed"]
+    return settings
+
+
+def _flat(prefix: str, node: Any) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for entry in fields(node):
+        if is_speed_only(entry):
+            continue
+        value = getattr(node, entry.name)
+        if is_dataclass(value):
+            found += _flat(f"{prefix}{entry.name}.", value)
+        else:
+            found.append((f"{prefix}{entry.name}", _plain(value)))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if is_dataclass(value):
+        return dict(_flat("", value))
+    return value

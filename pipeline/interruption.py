@@ -1,0 +1,74 @@
+"""Signals: the first one asks the run to end in good order, within a grace period."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from pipeline.errors import Interrupted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_MARGIN_SECONDS = 5.0  # a batch that no check of `expired` interrupts is given up after this
+
+
+class Interruption:
+    """While it is entered, SIGTERM, SIGUSR1 and SIGINT are requests to stop; the third SIGINT exits at once.
+
+    `last_words` runs if the grace period ends while the run is deep in a computation: it brings what is finished to
+    disk, then the process ends with exit code 75.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._deadline: float | None = None
+        self._num_interrupts = 0
+        self._on_request: list[Callable[[], None]] = []
+        self.last_words: Callable[[], None] = lambda: None
+        self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self._deadline is not None
+
+    @property
+    def expired(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def on_request(self, action: Callable[[], None]) -> None:
+        """Call `action` when a stop is requested; at once if it was requested already."""
+        self._on_request.append(action)
+        if self.requested:
+            action()
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self._num_interrupts += 1
+            if self._num_interrupts >= 3:
+                os._exit(Interrupted.exit_code)
+        if self._deadline is not None:
+            return
+        self._deadline = time.monotonic() + self._grace_seconds
+        timer = threading.Timer(self._grace_seconds + _MARGIN_SECONDS, self._give_up)
+        timer.daemon = True
+        timer.start()
+        for action in self._on_request:
+            action()
+
+    def _give_up(self) -> None:
+        try:
+            self.last_words()
+        finally:
+            os._exit(Interrupted.exit_code)

@@ -1,0 +1,48 @@
+"""manifest.json: what a finished run was made with and what came out, for whoever finds the folder later."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.plan import Plan
+from pipeline.write.shard import published_shards
+
+
+def write_manifest(output_dir: Path, plan: Plan) -> bool:
+    """Write the manifest and clear away work/ once every shard is published; False while some are not."""
+    shards = published_shards(output_dir / "data", plan.plan_id)
+    if len(shards) < plan.num_shards:
+        return False
+    errors: Counter[str] = Counter()
+    numerics: Counter[str] = Counter()
+    for summary in shards.values():
+        errors.update(summary.errors)
+        numerics[json.dumps(dict(summary.numerics), sort_keys=True)] += 1
+    content = {
+        "plan_id": plan.plan_id,
+        "fingerprint": plan.fingerprint,
+        "created": plan.created,
+        "settings": plan.settings,
+        "versions": plan.versions,
+        "numerics": [{"num_shards": number} | json.loads(kind) for kind, number in numerics.most_common()],
+        "num_rows": plan.num_rows,
+        "num_records": plan.num_records,
+        "num_shards": plan.num_shards,
+        "num_errors": errors.total(),
+        "errors": dict(errors.most_common()),
+        "num_generated_tokens": sum(summary.num_generated_tokens for summary in shards.values()),
+    }
+    path = output_dir / "manifest.json"
+    beside = path.with_name(f"manifest.{uuid.uuid4().hex}.tmp")
+    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(beside, path)
+    for stray in (output_dir / "work").glob("part-*"):
+        stray.unlink(missing_ok=True)  # of attempts that were killed; every shard is published
+    with suppress(OSError):  # another worker may still be closing, or somebody keeps notes there
+        (output_dir / "work").rmdir()
+    return True

@@ -1,0 +1,134 @@
+"""What a run did so far: counts, rates, waiting. Shown as a bar or as lines, and written to stats/ as a heartbeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
+
+from pipeline.tally import Tally
+
+Item = TypeVar("Item")
+
+HEARTBEAT_SECONDS = 5.0
+_LINE_SECONDS = 30.0
+
+
+class Meter:
+    """Times one worker and shows it: a bar on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, tally: Tally, stats_dir: Path, *, rank: int, plan_id: str, stream: TextIO | None = None) -> None:
+        self._tally, self._rank, self._plan_id = tally, rank, plan_id
+        self._path = stats_dir / f"worker-{rank}-{uuid.uuid4().hex[:8]}.json"
+        self._stream = stream or sys.stderr
+        self._started = time.monotonic()
+        self._started_at = time.time()
+        self._first_answer: float | None = None
+        self._last_heartbeat = self._last_line = self._started
+        self.waiting_for_input_seconds = 0.0
+        self.loading_seconds = 0.0
+        self._bar: Any = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=tally.num_records, initial=tally.num_done, unit="row", file=self._stream, smoothing=0.05
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since the worker began."""
+        return time.monotonic() - self._started
+
+    @property
+    def rows_per_second(self) -> float:
+        """Answered by this start, from the moment the model was loaded."""
+        return self._tally.num_answered / max(1e-9, self.seconds - self.loading_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tally.num_generated_tokens / max(1e-9, self.seconds - self.loading_seconds)
+
+    def loaded(self) -> None:
+        """The model is loaded: answers can come from here on."""
+        self.loading_seconds = self.seconds
+
+    def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Pass items through, and time how long the engine waited for them."""
+        while True:
+            began = time.monotonic()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.waiting_for_input_seconds += time.monotonic() - began
+            yield item
+
+    def show(self) -> None:
+        """Bring bar, line and heartbeat up to date; cheap, called after every answer."""
+        if self._bar is not None:
+            self._bar.update(self._tally.num_done - self._bar.n)
+        now = time.monotonic()
+        if now - self._last_heartbeat >= HEARTBEAT_SECONDS:
+            self._last_heartbeat = now
+            self.write("running", {})
+            if self._bar is not None:
+                self._bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s, {self._tally.num_errors} errors")
+        if self._bar is None and now - self._last_line >= _LINE_SECONDS:
+            self._last_line = now
+            print(self._line(), file=self._stream, flush=True)
+
+    def write(self, state: str, more: Mapping[str, Any]) -> None:
+        """stats/worker-RANK-*.json: what this worker did, replaced in one step."""
+        tally = self._tally
+        content = {
+            "plan_id": self._plan_id,
+            "rank": self._rank,
+            "state": state,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": self._started_at,
+            "updated": time.time(),
+            "seconds": round(self.seconds, 3),
+            "loading_seconds": round(self.loading_seconds, 3),
+            "waiting_for_input_seconds": round(self.waiting_for_input_seconds, 3),
+            "num_answered": tally.num_answered,
+            "num_generated_tokens": tally.num_generated_tokens,
+            "rows_per_second": round(self.rows_per_second, 3),
+            "tokens_per_second": round(self.tokens_per_second, 3),
+        }
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text(json.dumps(content | dict(more), indent=1))
+        os.replace(beside, self._path)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._tally.num_done - self._bar.n)
+            self._bar.close()
+
+    def _line(self) -> str:
+        tally = self._tally
+        left = (tally.num_records - tally.num_done) / max(1e-9, self.rows_per_second)
+        return (
+            f"{tally.num_done:,} of {tally.num_records:,} rows, {self.rows_per_second:.1f} rows/s, "
+            f"{self.tokens_per_second:.0f} tokens/s, {tally.num_errors:,} errors, {duration(left)} left"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

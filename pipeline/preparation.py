@@ -1,0 +1,135 @@
+"""What a worker process does with one row: render its prompts, open its images, run the model's processor.
+
+    Task (Row and the keys still unanswered) -> [EncodedSample | Answer, ...]        one for each key
+
+The row's fault becomes an error Answer here; any other exception is the program's fault and ends the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.errors import RowFault
+from pipeline.prompt.image import OpenedImage, open_image
+from pipeline.prompt.template import Template
+from pipeline.records import Answer, EncodedSample, Fault, ImageRef, Prompt, PromptFacts, RecordKey, Row, Stage
+from pipeline.tensors.processor import Processor, ProcessorSource
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A row to prepare, and what is still to be answered about it."""
+
+    row: Row
+    keys: tuple[RecordKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationOptions:
+    """Everything a worker needs; sent once to each."""
+
+    template: Template
+    processor: ProcessorSource
+    fingerprint: str
+    max_image_pixels: int
+    max_new_tokens: int
+    max_new_tokens_column: str | None
+
+
+class Preparation:
+    """Built once in each worker process."""
+
+    def __init__(self, options: PreparationOptions) -> None:
+        self._options = options
+        self._processor = Processor(options.processor)
+
+    def __call__(self, task: Task) -> list[EncodedSample | Answer]:
+        """One result for each of the task's keys."""
+        row = task.row
+        try:
+            if row.fault is not None:
+                raise RowFault(row.fault.stage, row.fault.kind, row.fault.message)
+            cap = self._cap(row)
+            prompts = {prompt.prompt_name: prompt for prompt in self._options.template.prompts(row)}
+        except RowFault as fault:
+            return errors(task, fault)
+        opened: dict[ImageRef, OpenedImage] = {}  # K prompts about one image open it once
+        results: list[EncodedSample | Answer] = []
+        for name in dict.fromkeys(key.prompt_name for key in task.keys):
+            keys = [key for key in task.keys if key.prompt_name == name]
+            results += self._prepared(row, prompts[name], keys, opened, cap)
+        return results
+
+    def _prepared(
+        self,
+        row: Row,
+        prompt: Prompt,
+        keys: Sequence[RecordKey],
+        opened: dict[ImageRef, OpenedImage],
+        cap: int | None,
+    ) -> list[EncodedSample | Answer]:
+        facts = PromptFacts(prompt=prompt.text, num_images=len(prompt.images), warnings=prompt.warnings)
+        try:
+            for ref in prompt.images:
+                if ref not in opened:
+                    opened[ref] = open_image(ref, max_image_pixels=self._options.max_image_pixels)
+            images = [opened[ref] for ref in prompt.images]
+            facts = self._image_facts(facts, prompt, images)
+            encoded = self._processor.encode(prompt.messages, [image.image for image in images])
+        except RowFault as fault:
+            return [_error(row, key, facts, fault) for key in keys]
+        except MemoryError:
+            memory = RowFault(Stage.DECODE, "MemoryError", "the row needs more than engine.worker_memory_bytes")
+            return [_error(row, key, facts, memory) for key in keys]
+        facts = replace(
+            facts,
+            num_prompt_tokens=encoded.num_prompt_tokens,
+            num_image_tokens=encoded.num_image_tokens,
+            warnings=(*facts.warnings, *encoded.warnings),
+        )
+        room = self._room(encoded.num_prompt_tokens, cap)
+        return [EncodedSample(key, row.id, encoded.tensors, facts, room) for key in keys]
+
+    def _image_facts(self, facts: PromptFacts, prompt: Prompt, images: Sequence[OpenedImage]) -> PromptFacts:
+        sha256 = tuple(image.sha256 for image in images)
+        content = json.dumps([self._options.fingerprint, prompt.messages, sha256], sort_keys=True)
+        return replace(
+            facts,
+            row_key=hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest(),
+            image_sha256=sha256,
+            image_width=tuple(image.width for image in images),
+            image_height=tuple(image.height for image in images),
+            warnings=(*facts.warnings, *(warning for image in images for warning in image.warnings)),
+        )
+
+    def _cap(self, row: Row) -> int | None:
+        column = self._options.max_new_tokens_column
+        if column is None:
+            return None
+        value = row.columns.get(column)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            message = f"{column} is {value!r}; expected a whole number of tokens, at least 1"
+            raise RowFault(Stage.TEMPLATE, "TokenCap", message)
+        return value
+
+    def _room(self, num_prompt_tokens: int, cap: int | None) -> int:
+        """Tokens that the answer may take: its caps, and what the prompt leaves of the model's context."""
+        limits = [self._options.max_new_tokens]
+        if cap is not None:
+            limits.append(cap)
+        if self._options.processor.max_tokens is not None:
+            limits.append(self._options.processor.max_tokens - num_prompt_tokens)
+        return min(limits)
+
+
+def errors(task: Task, fault: RowFault) -> list[EncodedSample | Answer]:
+    """The error records of a task that nothing is known of but its fault."""
+    facts = PromptFacts(num_images=len(task.row.images))
+    return [_error(task.row, key, facts, fault) for key in task.keys]
+
+
+def _error(row: Row, key: RecordKey, facts: PromptFacts, fault: RowFault) -> Answer:
+    return Answer(key, row.id, facts, fault=Fault(fault.stage, fault.kind, fault.message))

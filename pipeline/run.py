@@ -1,0 +1,256 @@
+"""ONE WORKER, TOP TO BOTTOM: read this first.
+
+    plan -> shards to do -> rows -> prompts, images, tensors (worker processes) -> batches -> answers -> ledger
+
+The engine is fed one endless stream across shard borders, so it never drains at a shard's end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+
+from pipeline.config import RunConfig, answer_settings
+from pipeline.dataset.base import Dataset, Inputs
+from pipeline.errors import ErrorBudgetExceeded, Interrupted, RowFault, UsageError
+from pipeline.interruption import Interruption
+from pipeline.meter import Meter
+from pipeline.plan import Plan, make_folders, open_plan, read_inputs
+from pipeline.preparation import Preparation, PreparationOptions, Task, errors
+from pipeline.prompt.template import PromptFormat, Template
+from pipeline.records import Answer, EncodedSample, RecordKey, Shard, Stage
+from pipeline.tally import Tally
+from pipeline.tensors.batch import Batcher
+from pipeline.tensors.pool import Lost, WorkerPool
+from pipeline.tensors.processor import ProcessorSource
+from pipeline.vlm.base import Engine
+from pipeline.vlm.identity import ModelIdentity, identify
+from pipeline.write.ledger import Ledger
+from pipeline.write.schema import OutputSchema, output_schema
+from pipeline.write.shard import published_shards
+
+log = logging.getLogger(__name__)
+
+_ROWS_BEFORE_BUDGET = 200
+_PRELOAD = ("pipeline.preparation", "torch", "transformers", "PIL.Image")
+
+
+def run(config: RunConfig, rank: int, world: int) -> None:
+    """Do this rank's share of the job; returns when every record of the share is published.
+
+    Raises:
+        UsageError: the settings cannot work, or differ from the plan's; nothing was touched.
+        Interrupted: a signal came; what is finished is on disk.
+        RunFailed: the run cannot go on; what is finished is on disk.
+    """
+    output_dir = config.output_path
+    identity = identify(config.vlm)
+    plan = planned(config, identity)
+    tally = Tally(plan.num_records)
+    done = published_shards(output_dir / "data", plan.plan_id)
+    for summary in done.values():
+        tally.resume(summary.num_rows, summary.errors)
+    todo = [shard for shard in my_shards(plan, rank, world) if shard.number not in done]
+    if not todo:
+        return  # before anything heavy is imported
+
+    make_folders(output_dir)
+    inputs = read_inputs(output_dir, plan)
+    template, schema = checked(config, inputs)
+    meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id)
+    engine: Engine | None = None
+    ledger = Ledger(
+        output_dir,
+        schema,
+        plan_id=plan.plan_id,
+        attempt_id=f"{rank}-{uuid.uuid4().hex[:12]}",
+        prompt_names=plan.prompt_names,
+        num_samples=plan.num_samples,
+        constants={"model_id": identity.model_id, "model_revision": identity.revision, "run_id": plan.plan_id},
+        numerics=lambda: dict(engine.numerics) if engine else {},
+        tally=tally,
+        compression=config.write.compression,
+        sync_seconds=config.write.sync_seconds,
+    )
+    batcher = Batcher(
+        max_rows=config.engine.max_batch_rows,
+        max_tokens=config.engine.max_batch_tokens,
+        max_new_tokens=config.generation.max_new_tokens,
+    )
+
+    def record(answer: Answer) -> None:
+        ledger.record(answer)
+        check_budget(config.max_error_rate, tally)
+        meter.show()
+
+    state = "failed"
+    with Interruption(config.grace_seconds) as stop, workers(config, plan, identity, template, batcher) as pool:
+        stop.on_request(pool.stop_feeding)
+        stop.last_words = ledger.sync
+        try:
+            engine = build_engine(config, identity, batcher, stop)
+            meter.loaded()
+            tasks = tasks_of(todo, config.dataset.open(inputs), plan, ledger)
+            results = meter.waiting(pool.results(tasks))
+            for answer in engine.answers(samples_of(results, record)):
+                record(answer)
+            if stop.requested and ledger.num_open_shards:
+                raise Interrupted("Stopped by a signal. Run the same command again to go on.")
+            state = "done"
+        except Interrupted:
+            state = "interrupted"
+            raise
+        finally:
+            ledger.close()
+            meter.close()
+            meter.write(state, {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {})
+
+
+def planned(config: RunConfig, identity: ModelIdentity) -> Plan:
+    """The folder's plan, or a new one. What can be known to be wrong is refused before it is written."""
+
+    def scan() -> Inputs:
+        inputs = config.dataset.scan()
+        for warning in inputs.warnings:
+            log.warning("%s", warning)
+        checked(config, inputs)
+        return inputs
+
+    return open_plan(
+        config.output_path,
+        answer_settings(config) | identity.settings,
+        scan=scan,
+        max_rows=config.dataset.max_rows,
+        shard_rows=config.write.shard_rows,
+        prompt_names=config.prompt_names,
+        num_samples=config.generation.n,
+    )
+
+
+def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
+    """Templates and output columns, checked against the columns of the source.
+
+    Raises:
+        UsageError: a template or an option names a column that is not there, or an output column has no free name.
+    """
+    columns = inputs.columns.names
+    template = config.prompt.build(columns, has_messages=config.dataset.messages_column is not None)
+    cap = config.generation.max_new_tokens_column
+    if cap is not None and cap not in columns:
+        raise UsageError(f"generation.max_new_tokens_column={cap}: there is no such column; the columns are {columns}.")
+    return template, output_schema(config.write, inputs.columns, config.dataset.columns, config.dataset.id_column)
+
+
+def my_shards(plan: Plan, rank: int, world: int) -> list[Shard]:
+    """A rank's own shards, in order."""
+    return [plan.shard(number) for number in range(rank, plan.num_shards, world)]
+
+
+def workers(
+    config: RunConfig, plan: Plan, identity: ModelIdentity, template: Template, batcher: Batcher
+) -> WorkerPool[Task, list[EncodedSample | Answer]]:
+    """The processes that render, open and encode; they start while the model loads."""
+    options = PreparationOptions(
+        template=template,
+        processor=ProcessorSource(
+            folder=str(identity.folder),
+            options=config.vlm.processor,
+            trust_remote_code=config.vlm.trust_remote_code,
+            plain=config.prompt.format is PromptFormat.plain,
+            max_tokens=identity.max_tokens,
+        ),
+        fingerprint=plan.fingerprint,
+        max_image_pixels=config.prompt.max_image_pixels,
+        max_new_tokens=config.generation.max_new_tokens,
+        max_new_tokens_column=config.generation.max_new_tokens_column,
+    )
+    return WorkerPool(
+        partial(Preparation, options),
+        num_workers=config.engine.num_workers or default_num_workers(),
+        task_seconds=config.engine.worker_timeout_seconds,
+        memory_bytes=config.engine.worker_memory_bytes,
+        max_waiting=2 * batcher.num_window_rows,
+        preload=_PRELOAD,
+    )
+
+
+def default_num_workers() -> int:
+    """Half of the cores this process may use: the other half generates, or feeds the accelerator."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // 2))
+
+
+def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: Interruption) -> Engine:
+    """Load the model and put an engine around it. torch is imported here, and in the worker processes."""
+    from pipeline.vlm.answer import Ending
+    from pipeline.vlm.load import load_model
+    from pipeline.vlm.sampling import Sampler, effective_settings
+    from pipeline.vlm.static import StaticEngine
+
+    num_threads = len(os.sched_getaffinity(0)) - (config.engine.num_workers or default_num_workers())
+    loaded = load_model(config.vlm, identity, num_threads=num_threads)
+    batcher.pad_id = loaded.pad_id
+    generation = config.generation
+    return StaticEngine(
+        loaded,
+        batcher,
+        Sampler(effective_settings(generation, identity.generation_config), config.seed),
+        Ending(loaded.tokenizer, eos_ids=loaded.eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos),
+        max_new_tokens=generation.max_new_tokens,
+        stop=stop,
+    )
+
+
+def tasks_of(shards: list[Shard], dataset: Dataset, plan: Plan, ledger: Ledger) -> Iterator[Task]:
+    """The rows of the shards, each with the keys that no earlier start has answered."""
+    for shard in shards:
+        answered = ledger.open(shard)
+        if len(answered) == (shard.stop - shard.start) * plan.records_per_row:
+            continue
+        for row in dataset.rows(shard.start, shard.stop):
+            keys = tuple(key for key in record_keys(plan, row.index) if key not in answered)
+            if keys:
+                ledger.expect(row, keys, shard)
+                yield Task(row, keys)
+
+
+def record_keys(plan: Plan, row_index: int) -> Iterator[RecordKey]:
+    """What is asked about one row, in the order of the output."""
+    for name in plan.prompt_names:
+        for sample_index in range(plan.num_samples):
+            yield RecordKey(row_index, name, sample_index)
+
+
+def samples_of(
+    results: Iterator[list[EncodedSample | Answer] | Lost[Task]], record: Callable[[Answer], None]
+) -> Iterator[EncodedSample]:
+    """What the engine can answer; error records go straight to the ledger."""
+    for result in results:
+        if isinstance(result, Lost):
+            result = errors(result.task, RowFault(Stage.DECODE, result.kind, f"the row {result.reason}"))
+        for item in result:
+            if isinstance(item, Answer):
+                record(item)
+            else:
+                yield item
+
+
+def check_budget(max_error_rate: float | None, tally: Tally) -> None:
+    """Stop a run that is broken as a whole.
+
+    Raises:
+        ErrorBudgetExceeded: more than max_error_rate of the records failed, of at least 200.
+    """
+    if max_error_rate is None or tally.num_done < _ROWS_BEFORE_BUDGET:
+        return
+    share = tally.num_errors / tally.num_done
+    if share > max_error_rate:
+        kind, number = tally.errors.most_common(1)[0]
+        raise ErrorBudgetExceeded(
+            f"{tally.num_errors} of {tally.num_done} rows failed ({share:.0%}), more than max_error_rate="
+            f"{max_error_rate:g}. Commonest: {kind} ({number} rows). Mend the cause, or raise max_error_rate (null = "
+            "never stop), and run the same command again: it goes on where it stopped."
+        )

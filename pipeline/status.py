@@ -1,0 +1,102 @@
+"""Where a run stands, read from its files alone: no model, no source, no torch. Works while the run is on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.meter import HEARTBEAT_SECONDS, duration
+from pipeline.plan import PLAN_FILE, Plan, read_plan
+from pipeline.write.journal import count_journal_rows
+from pipeline.write.shard import published_shards
+
+# A worker that has not been heard of for this long is taken for dead.
+_SILENCE_SECONDS = 6 * HEARTBEAT_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A run's progress. Records are (row, prompt, sample); with one prompt and one sample they are the rows."""
+
+    plan: Plan
+    num_shards_done: int
+    num_published: int  # records in published shards
+    num_journalled: int  # records in journals, about: two attempts may have answered the same one
+    errors: Mapping[str, int] = field(default_factory=dict)  # published ones by "stage/type"
+    workers: tuple[Mapping[str, Any], ...] = ()  # of this plan, newest first
+
+    @property
+    def complete(self) -> bool:
+        return self.num_shards_done == self.plan.num_shards
+
+    @property
+    def num_done(self) -> int:
+        return min(self.plan.num_records, self.num_published + self.num_journalled)
+
+    @property
+    def running(self) -> list[Mapping[str, Any]]:
+        """Workers that are at work now."""
+        now = time.time()
+        return [w for w in self.workers if w["state"] == "running" and now - w["updated"] < _SILENCE_SECONDS]
+
+
+def read_status(output_dir: Path) -> Status:
+    """The status of a run.
+
+    Raises:
+        UsageError: there is no run in this folder.
+    """
+    plan = read_plan(output_dir)
+    if plan is None:
+        raise UsageError(f"{output_dir} holds no run (there is no {PLAN_FILE}). Give its folder as output_dir=...")
+    shards = published_shards(output_dir / "data", plan.plan_id)
+    errors: Counter[str] = Counter()
+    for summary in shards.values():
+        errors.update(summary.errors)
+    return Status(
+        plan=plan,
+        num_shards_done=len(shards),
+        num_published=sum(summary.num_rows for summary in shards.values()),
+        num_journalled=sum(count_journal_rows(path) for path in (output_dir / "work").glob("part-*.journal")),
+        errors=dict(errors.most_common()),
+        workers=tuple(sorted(_workers(output_dir, plan), key=lambda worker: -worker["started"])),
+    )
+
+
+def status_lines(output_dir: Path, status: Status) -> Iterator[str]:
+    """The status as people read it."""
+    plan, num_errors = status.plan, sum(status.errors.values())
+    share = status.num_done / plan.num_records if plan.num_records else 1.0
+    yield f"folder   {output_dir}"
+    yield f"rows     {status.num_done:,} of {plan.num_records:,} done ({share:.1%})"
+    yield f"shards   {status.num_shards_done:,} of {plan.num_shards:,} published"
+    yield f"errors   {num_errors:,}" + "".join(
+        f"\n           {number:,} x {kind}" for kind, number in status.errors.items()
+    )
+    if status.complete:
+        yield "state    done"
+        return
+    running = status.running
+    if not running:
+        last = f", last heard of as {status.workers[0]['state']!r}" if status.workers else ""
+        yield f"state    not running{last}; the same command goes on where it stopped"
+        return
+    rate = sum(worker["rows_per_second"] for worker in running)
+    left = duration((plan.num_records - status.num_done) / rate) if rate else "unknown time"
+    yield f"state    running, {len(running)} worker{'s' if len(running) > 1 else ''}, {rate:.1f} rows/s, {left} left"
+
+
+def _workers(output_dir: Path, plan: Plan) -> Iterator[Mapping[str, Any]]:
+    for path in (output_dir / "stats").glob("worker-*.json"):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue  # not ours, or being replaced on a file system that shows it
+        if content.get("plan_id") == plan.plan_id:
+            yield content

@@ -1,0 +1,38 @@
+"""How many records ended how."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Tally:
+    """Records of a run by how they ended. `resumed` ones were finished by an earlier start."""
+
+    num_records: int  # of the plan
+    num_resumed: int = 0
+    num_done: int = 0  # resumed ones included
+    num_generated_tokens: int = 0  # by this start
+    errors: Counter[str] = field(default_factory=Counter)  # "stage/type" -> records, resumed ones included
+
+    @property
+    def num_errors(self) -> int:
+        return self.errors.total()
+
+    @property
+    def num_answered(self) -> int:
+        """Records that this start finished."""
+        return self.num_done - self.num_resumed
+
+    def resume(self, num_records: int, errors: Mapping[str, int]) -> None:
+        self.num_resumed += num_records
+        self.num_done += num_records
+        self.errors.update(errors)
+
+    def add(self, error: str | None, num_generated_tokens: int) -> None:
+        self.num_done += 1
+        self.num_generated_tokens += num_generated_tokens
+        if error is not None:
+            self.errors[error] += 1

@@ -1,0 +1,83 @@
+"""The inside of a worker process: build once, then one result for each task, until the parent is gone."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import resource
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+# glibc gives large temporaries back to the system and faults them in again for each image; keeping them is worth up to
+# twice the throughput of processors that cut an image into tiles.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+}
+
+
+def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
+    """Answer tasks until the parent is gone. A reply is (number, result), or ("ready" | "failed", ...)."""
+    # The parent decides when a worker ends: a signal to the whole process group must not cost rows.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        work = pickle.loads(build)()
+        _limit_memory(memory_bytes)
+        pipe.send_bytes(pickle.dumps(("ready", None)))
+        # A thread empties the pipe, so that parent and worker never wait for each other with both directions full.
+        tasks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
+        while (message := tasks.get()) is not None:
+            number, task = pickle.loads(message)
+            pipe.send_bytes(pickle.dumps((number, work(task)), protocol=5))
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone
+    except MemoryError:
+        os._exit(1)  # not even an error row could be made: the pool isolates the row
+    except Exception:
+        pipe.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
+
+
+def _read(pipe: Connection, tasks: queue.SimpleQueue[bytes | None]) -> None:
+    try:
+        while True:
+            tasks.put(pipe.recv_bytes())
+    except (EOFError, OSError):
+        tasks.put(None)
+        # The worker may be deep in a decoder: with the parent gone nobody waits for it.
+        os._exit(0)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    with open("/proc/self/statm") as file:
+        baseline_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = baseline_bytes + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def ending(exit_code: int | None) -> str:
+    """How a process ended, in words: SIGKILL, or exit code 1."""
+    if exit_code is not None and exit_code < 0:
+        return signal.Signals(-exit_code).name
+    return f"exit code {exit_code}"
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """Variables for the fork server and its workers; the user's own setting of one of them holds."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

@@ -1,0 +1,70 @@
+"""Generated tokens as an Answer: where it ends, why, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.records import Answer, EncodedSample, Fault, FinishReason, Stage
+
+
+@dataclass(slots=True)
+class Generation:
+    """The tokens of one sample while they are generated, and the rules that end it."""
+
+    sample: EncodedSample
+    max_new_tokens: int
+    tokens: list[int] = field(default_factory=list)  # the end token included
+    finish_reason: FinishReason | None = None
+    fault: Fault | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None or self.fault is not None
+
+
+class Ending:
+    """Decides when a generation ends, and decodes it."""
+
+    def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int], stop: Sequence[str], ignore_eos: bool) -> None:
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset() if ignore_eos else frozenset(eos_ids)
+        self._stop = tuple(stop)
+        # A stop string of n characters lies in the last n tokens, one more for a token it begins in the middle of.
+        self._num_tail_tokens = max(map(len, self._stop), default=0) + 1
+
+    def add(self, generation: Generation, token: int, *, finite: bool) -> None:
+        """Give a generation its next token and end it where a rule says so."""
+        if not finite:
+            message = (
+                f"the logits of step {len(generation.tokens)} are not finite (NaN or infinity); try another vlm.dtype"
+            )
+            generation.fault = Fault(Stage.GENERATE, "NonFiniteLogits", message)
+            return
+        generation.tokens.append(token)
+        if token in self._eos_ids or (self._stop and self._stops(generation)):
+            generation.finish_reason = FinishReason.STOP
+        elif len(generation.tokens) >= generation.max_new_tokens:
+            generation.finish_reason = FinishReason.LENGTH
+
+    def answer(self, generation: Generation) -> Answer:
+        """The finished answer: special tokens skipped, stop string cut off, surrounding white space removed."""
+        sample = generation.sample
+        if generation.fault:
+            return Answer(sample.key, sample.id, sample.facts, fault=generation.fault)
+        text = self._tokenizer.decode(generation.tokens, skip_special_tokens=True)
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        text = text[: min(places)] if places else text
+        return Answer(
+            sample.key,
+            sample.id,
+            sample.facts,
+            response=text.strip(),
+            finish_reason=generation.finish_reason,
+            num_generated_tokens=len(generation.tokens),
+        )
+
+    def _stops(self, generation: Generation) -> bool:
+        tail = self._tokenizer.decode(generation.tokens[-self._num_tail_tokens :], skip_special_tokens=True)
+        return any(stop in tail for stop in self._stop)

@@ -1,0 +1,96 @@
+"""Options of the model, the engine and generation. No torch here: the command line reads this file for --help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+from pipeline.option import option
+
+
+class Dtype(Enum):
+    """What the weights are computed in; auto is what the checkpoint says."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(Enum):
+    """The attention kernel; auto is flash attention where it is installed and fits, else sdpa, else eager."""
+
+    auto = "auto"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
+    flash_attention_4 = "flash_attention_4"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+@dataclass(kw_only=True, slots=True)
+class VlmConfig:
+    """Which model, and in what arithmetic."""
+
+    path: str = option("???", "folder of a model saved by save_pretrained, or its name on the hub")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    dtype: Dtype = option(Dtype.auto, "arithmetic of the weights: auto, float32, bfloat16, float16")
+    attn_implementation: Attention = option(
+        Attention.auto, "attention kernel: auto, flash_attention_2, sdpa, eager ...", speed=True
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:n or mps", speed=True)
+    processor: dict[str, Any] = option(doc="options of the model's processor, e.g. {max_pixels: 1003520}", factory=dict)
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How samples are batched. Nothing here changes an answer."""
+
+    kind: ClassVar[str] = ""
+
+    max_batch_rows: int = option(64, "rows in a batch", speed=True)
+    max_batch_tokens: int = option(65_536, "padded prompt tokens plus max_new_tokens, over a batch", speed=True)
+    num_workers: int | None = option(None, "processes that open and encode images; null = from the cores", speed=True)
+    worker_memory_bytes: int = option(2 << 30, "memory a worker may take above its own baseline", speed=True)
+    worker_timeout_seconds: float = option(120.0, "a row that takes a worker longer becomes an error row", speed=True)
+
+
+@dataclass(kw_only=True, slots=True)
+class StaticConfig(EngineConfig):
+    """Padded batches from which finished rows leave."""
+
+    kind: ClassVar[str] = "static"
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationConfig:
+    """How tokens are chosen. Null means what the checkpoint's generation_config.json says."""
+
+    kind: ClassVar[str] = ""
+
+    max_new_tokens: int = option(256, "tokens of an answer at most")
+    max_new_tokens_column: str | None = option(None, "column with a row's own cap (never above max_new_tokens)")
+    ignore_eos: bool = option(False, "go on to max_new_tokens whatever the model says (benchmarks)")
+    stop: list[str] = option(doc="strings that end an answer; they are not part of it", factory=list)
+    repetition_penalty: float | None = option(None, "above 1 makes tokens of prompt and answer less likely")
+    n: int = option(1, "answers per prompt")
+
+
+@dataclass(kw_only=True, slots=True)
+class GreedyConfig(GenerationConfig):
+    """The likeliest token at each step."""
+
+    kind: ClassVar[str] = "greedy"
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleConfig(GenerationConfig):
+    """Tokens drawn at random, from a seed of the row's own: the same answer in any batch."""
+
+    kind: ClassVar[str] = "sample"
+
+    temperature: float | None = option(None, "1 = as trained, lower = nearer to greedy")
+    top_p: float | None = option(None, "draw from the likeliest tokens that hold this share of the probability")
+    top_k: int | None = option(None, "draw from this many likeliest tokens; 0 = all")

@@ -1,0 +1,91 @@
+"""The journal of a shard: finished answers on disk before the shard is whole.
+
+A journal is one attempt's file, `work/part-00042.<attempt>.journal`, only ever appended to by its owner:
+
+    magic | length u32 | crc32 u32 | payload | length u32 | crc32 u32 | payload | ...
+
+The first payload is a JSON header (plan_id, shard), each later one an Arrow IPC stream of some answers. Whatever stands
+behind the first frame that is short or fails its checksum is ignored: it is the tail of a process that was killed. A
+new attempt never appends to an old file, because what it wrote behind a torn frame would be lost with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+_MAGIC = b"vlmbatchj1\n"
+_FRAME = struct.Struct("<II")  # payload length in bytes, crc32 of the payload
+
+
+class Journal:
+    """An open journal of this attempt. Not safe for two threads at once: the ledger holds a lock around it."""
+
+    def __init__(self, path: Path, *, plan_id: str, shard: int) -> None:
+        self.path = path
+        # "x": the name carries the attempt, so an existing file means that two attempts share an identity.
+        self._file = open(path, "xb")  # noqa: SIM115 - held until close()
+        self._file.write(_MAGIC)
+        self._append(json.dumps({"plan_id": plan_id, "shard": shard}).encode())
+
+    def append(self, rows: pa.RecordBatch) -> None:
+        """Write the answers and have the disk confirm them."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as stream:
+            stream.write_batch(rows)
+        self._append(sink.getvalue().to_pybytes())
+        os.fsync(self._file.fileno())
+
+    def _append(self, payload: bytes) -> None:
+        self._file.write(_FRAME.pack(len(payload), zlib.crc32(payload)) + payload)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path, *, plan_id: str, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """The answers of a journal up to its first damaged frame; nothing if it belongs to another plan or schema."""
+    batches: list[pa.RecordBatch] = []
+    for number, payload in enumerate(_frames(path)):
+        if number == 0:
+            if json.loads(payload).get("plan_id") != plan_id:
+                return []
+            continue
+        with pa.ipc.open_stream(payload) as stream:
+            if not stream.schema.equals(schema):
+                return []
+            batches.extend(stream)
+    return batches
+
+
+def _frames(path: Path) -> Iterator[bytes]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed by the with below
+    except FileNotFoundError:  # published and removed by another worker between listing and opening
+        return
+    with file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            return
+        while len(head := file.read(_FRAME.size)) == _FRAME.size:
+            length, checksum = _FRAME.unpack(head)
+            payload = file.read(length)
+            if len(payload) < length or zlib.crc32(payload) != checksum:
+                return
+            yield payload
+
+
+def count_journal_rows(path: Path) -> int:
+    """Answers in a journal, for a status: whole frames only."""
+    num_rows = 0
+    for number, payload in enumerate(_frames(path)):
+        if number:
+            with pa.ipc.open_stream(payload) as stream:
+                num_rows += sum(batch.num_rows for batch in stream)
+    return num_rows

@@ -1,0 +1,187 @@
+"""The columns of the output: ours around the input's, and what they are called.
+
+A shard's file also carries a small JSON object in its schema metadata (ShardSummary): the plan it belongs to and its
+counts, so that `status` and resume read a footer and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import UsageError
+from pipeline.option import option
+from pipeline.records import Answer
+
+SCHEMA_VERSION = 1
+METADATA_KEY = b"vlm_batch"
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+
+
+@dataclass(kw_only=True, slots=True)
+class WriteConfig:
+    """How the output is cut, named and synced."""
+
+    shard_rows: int = option(1000, "input rows in one output file; fixed by the plan at the first start", speed=True)
+    sync_seconds: float = option(5.0, "at most this many seconds of finished work are lost by a kill", speed=True)
+    response_column: str = option("response", "name of the column with the answers")
+    prefix: str = option("", "put before the name of each of our columns")
+    compression: str = option("zstd", "Parquet compression: zstd, snappy, gzip, lz4 or none", speed=True)
+
+
+# What differs from record to record: the journal keeps these (and the input columns).
+ANSWER_FIELDS = (
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("row_index", pa.int64(), nullable=False),
+    pa.field("prompt_name", pa.string(), nullable=False),
+    pa.field("sample_index", pa.int32(), nullable=False),
+    pa.field("row_key", pa.string()),
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("error_stage", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("warnings", pa.list_(pa.string())),
+    pa.field("prompt", pa.string()),
+    pa.field("response", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("num_prompt_tokens", pa.int32()),
+    pa.field("num_image_tokens", pa.int32()),
+    pa.field("num_generated_tokens", pa.int32()),
+    pa.field("num_images", pa.int32()),
+    pa.field("image_sha256", pa.list_(pa.string())),
+    pa.field("image_width", pa.list_(pa.int32())),
+    pa.field("image_height", pa.list_(pa.int32())),
+    pa.field("attempt", pa.int32(), nullable=False),
+)
+# What is the same for every record of a plan: added when a shard is published.
+PLAN_FIELDS = (
+    pa.field("model_id", _NAMES),
+    pa.field("model_revision", _NAMES),
+    pa.field("run_id", _NAMES),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSummary:
+    """What a published shard says of itself in its footer."""
+
+    plan_id: str
+    shard: int
+    num_rows: int  # records
+    num_errors: int
+    errors: Mapping[str, int]  # "stage/type" -> records
+    num_generated_tokens: int
+    numerics: Mapping[str, str]  # engine, attention kernel, device, library versions
+    schema_version: int = SCHEMA_VERSION
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True).encode()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> ShardSummary | None:
+        """The summary in a footer; None where the file is not one of ours."""
+        raw = (metadata or {}).get(METADATA_KEY)
+        if raw is None:
+            return None
+        try:
+            return cls(**json.loads(raw))
+        except (ValueError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSchema:
+    """Which columns a shard has and what they are called."""
+
+    inputs: pa.Schema  # the input columns that are kept
+    response_column: str
+    prefix: str
+
+    def column(self, name: str) -> str:
+        """Our column `name` as it is called in the file."""
+        return self.prefix + (self.response_column if name == "response" else name)
+
+    @property
+    def journal(self) -> pa.Schema:
+        """The columns of a journal: internal names, input columns behind them under `input.`."""
+        kept = [pa.field(f"input.{field.name}", field.type) for field in self.inputs]
+        return pa.schema([*ANSWER_FIELDS, *kept])
+
+    @property
+    def published(self) -> pa.Schema:
+        """The columns of a shard: id first, the input's own next, ours behind."""
+        ours = [field.with_name(self.column(field.name)) for field in (*ANSWER_FIELDS, *PLAN_FIELDS)]
+        return pa.schema([ours[0], *(pa.field(f.name, f.type) for f in self.inputs), *ours[1:]])
+
+    def publish(self, journal: pa.Table, constants: Mapping[str, str | None]) -> pa.Table:
+        """A shard's table from its journal's: columns renamed and ordered, the plan's constants added."""
+        arrays: dict[str, Any] = {self.column(f.name): journal[f.name] for f in ANSWER_FIELDS}
+        arrays |= {f.name: journal[f"input.{f.name}"] for f in self.inputs}
+        for field in PLAN_FIELDS:
+            column = pa.array([constants[field.name]] * len(journal), pa.string())
+            arrays[self.column(field.name)] = column.dictionary_encode().cast(field.type)
+        schema = self.published
+        return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def output_schema(
+    options: WriteConfig, columns: pa.Schema, keep: Sequence[str] | None, id_column: str | None
+) -> OutputSchema:
+    """The output's columns, checked.
+
+    Raises:
+        UsageError: an input column has one of our names, or the options name a column twice.
+    """
+    for name in keep or ():
+        if name not in columns.names:
+            raise UsageError(
+                f"dataset.columns names {name!r}, which the dataset does not have; its columns are {columns.names}."
+            )
+    kept = [field for field in columns if keep is None or field.name in keep]
+    # Ours holds the same value as text, so the input's own `id` would only be a duplicate of it.
+    own_id = options.prefix + "id"
+    kept = [field for field in kept if not (field.name == id_column and field.name == own_id)]
+    schema = OutputSchema(pa.schema(kept), options.response_column, options.prefix)
+    ours = [schema.column(field.name) for field in (*ANSWER_FIELDS, *PLAN_FIELDS)]
+    if len(set(ours)) < len(ours):
+        raise UsageError(
+            f"write.response_column={options.response_column!r} is the name of another output column; choose another."
+        )
+    if clash := sorted(set(ours) & {field.name for field in kept}):
+        raise UsageError(
+            f"The input has columns {clash}, which are names of our own. Set write.prefix (for example "
+            "write.prefix=vlm_), or leave them out with dataset.columns=[...]."
+        )
+    return schema
+
+
+def journal_row(answer: Answer, columns: Mapping[str, Any], inputs: pa.Schema, attempt: int) -> dict[str, Any]:
+    """One line of a journal: an answer and the input columns of its row."""
+    facts, fault = answer.facts, answer.fault
+    return {
+        "id": answer.id,
+        "row_index": answer.key.row_index,
+        "prompt_name": answer.key.prompt_name,
+        "sample_index": answer.key.sample_index,
+        "row_key": facts.row_key,
+        "status": "error" if fault else "ok",
+        "error_stage": str(fault.stage) if fault else None,
+        "error_type": fault.kind if fault else None,
+        "error_message": fault.message if fault else None,
+        "warnings": list(facts.warnings),
+        "prompt": facts.prompt,
+        "response": answer.response,
+        "finish_reason": str(answer.finish_reason) if answer.finish_reason else None,
+        "num_prompt_tokens": facts.num_prompt_tokens,
+        "num_image_tokens": facts.num_image_tokens,
+        "num_generated_tokens": answer.num_generated_tokens,
+        "num_images": facts.num_images,
+        "image_sha256": list(facts.image_sha256),
+        "image_width": list(facts.image_width),
+        "image_height": list(facts.image_height),
+        "attempt": attempt,
+    } | {f"input.{field.name}": columns.get(field.name) for field in inputs}

@@ -1,0 +1,154 @@
+"""A shard's file: written beside, checked, then published under its name by an exclusive create.
+
+A shard is done exactly when data/part-NNNNN.parquet exists and carries the plan's id. The name appears in one step and
+only over a whole file; of two workers that finish the same shard one wins and the other discards its copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import RunFailed
+from pipeline.write.schema import ShardSummary
+
+_NAME = re.compile(r"part-(\d{5,})\.parquet")
+# File systems without hard links (some FUSE and network mounts) answer with one of these.
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+def published_shards(data_dir: Path, plan_id: str) -> dict[int, ShardSummary]:
+    """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done."""
+    return {
+        number: found
+        for number, path in shard_files(data_dir)
+        if (found := shard_summary(path)) and found.plan_id == plan_id
+    }
+
+
+def shard_files(data_dir: Path) -> Iterator[tuple[int, Path]]:
+    """Regular files in the output folder that have the name of a shard, by number."""
+    try:
+        entries = sorted(os.scandir(data_dir), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        match = _NAME.fullmatch(entry.name)
+        if match and entry.is_file():
+            yield int(match[1]), Path(entry.path)
+
+
+def shard_summary(path: Path) -> ShardSummary | None:
+    """The footer's summary; None where there is no readable footer, or none of ours."""
+    try:
+        # The file is opened here: a path given to pyarrow starts its file system layer, which costs 20 ms.
+        with open(path, "rb") as file:
+            return ShardSummary.from_metadata(pq.read_metadata(file).metadata)
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a published shard, page checksums verified.
+
+    Raises:
+        RunFailed: the file is damaged.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read(columns)
+    except (OSError, pa.ArrowException) as problem:
+        raise RunFailed(
+            f"{path} is damaged ({problem}). Delete it and run again: only its rows are asked for anew."
+        ) from problem
+
+
+def publish_shard(table: pa.Table, summary: ShardSummary, *, final: Path, attempt_path: Path, compression: str) -> bool:
+    """Write `table` to `attempt_path`, check what is on disk, and give it its final name.
+
+    Returns:
+        True if this call published it; False if the shard of the same plan was there already and ours was discarded.
+
+    Raises:
+        RunFailed: the disk is full, the folder is gone, or the written file does not read back.
+    """
+    table = table.replace_schema_metadata(summary.to_metadata())
+    try:
+        _write(table, attempt_path, compression)
+        _check(table, attempt_path)
+        won = _publish(attempt_path, final, summary.plan_id)
+        _sync_directory(final.parent)
+        return won
+    except OSError as problem:
+        raise RunFailed(
+            f"{final} could not be written: {problem.strerror or problem}. Finished answers are kept in the journals; "
+            "make room or restore the folder and run the same command again."
+        ) from problem
+    finally:
+        attempt_path.unlink(missing_ok=True)
+
+
+def _write(table: pa.Table, path: Path, compression: str) -> None:
+    # Not `with ParquetWriter(...)`: on an exception that writes a valid footer over half the rows.
+    with open(path, "xb") as file:
+        pq.write_table(
+            table,
+            file,
+            compression=compression,
+            write_page_checksum=True,
+            row_group_size=max(1, min(len(table), 10_000)),
+        )
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check(table: pa.Table, path: Path) -> None:
+    written = read_shard(path)
+    if written.num_rows != table.num_rows or not written.schema.equals(table.schema):
+        raise RunFailed(f"{path} does not read back as it was written; the storage is not to be trusted.")
+
+
+def _publish(attempt_path: Path, final: Path, plan_id: str) -> bool:
+    try:
+        os.link(attempt_path, final)
+        return True
+    except FileExistsError:
+        # A lost reply can turn success into "exists" (NFS): then both names are the same file.
+        if _same_file(attempt_path, final):
+            return True
+        existing = shard_summary(final)
+        if existing and existing.plan_id == plan_id:
+            return False
+        if final.is_dir():
+            raise RunFailed(f"{final} is a folder where a shard has to be; move it away and run again.") from None
+    except OSError as problem:
+        if problem.errno not in _NO_HARD_LINKS:
+            raise
+        if (existing := shard_summary(final)) and existing.plan_id == plan_id:
+            return False
+    # Another plan's file, a damaged one, or no hard links here: replaced in one step, never deleted first.
+    os.replace(attempt_path, final)
+    return True
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        a, b = os.stat(first), os.stat(second)
+    except FileNotFoundError:
+        return False
+    return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino) and stat.S_ISREG(a.st_mode)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
