@@ -86,15 +86,15 @@ def load_digits() -> tuple[Digits, Digits]:
 def draw(digits: Digits, chosen: list[int], rng: Generator) -> Image.Image:
     """A grey picture of the chosen digits (indices into `digits`) from left to right.
 
-    The digits stand near the cells of a 4x4 grid, each in another column. Size of the picture, place, size and slant of
-    each digit, darkness of paper and ink vary.
+    The digits stand on a line, somewhere on a 4x4 grid of cells, blanks between them or not. Size of the picture, exact
+    place, size and slant of each digit, darkness of paper and ink vary.
     """
     width, height = PICTURE_SIZES[rng.choice(len(PICTURE_SIZES), p=PICTURE_SIZE_ODDS)]
     canvas = np.zeros((height, width), dtype=np.uint8)
     cell_width, cell_height = width / GRID, height / GRID
     columns = sorted(rng.choice(GRID, len(chosen), replace=False).tolist())
+    row = rng.integers(GRID)
     for column, index in zip(columns, chosen, strict=True):
-        row = rng.integers(GRID)
         scale = rng.uniform(0.9, 1.15)
         digit_width, digit_height = round(cell_width * scale), round(cell_height * scale)
         digit = Image.fromarray(digits.images[index]).resize((digit_width, digit_height), Image.Resampling.BICUBIC)

@@ -85,14 +85,14 @@ digits: which digits they show, how many, the first, the last, their sum, a shor
 two pictures shows more. It is there so that a pipeline can be tried and tested without a download, with answers that
 are right or wrong. It knows nothing else, and it is not meant to read anybody's real handwriting.
 
-- Architecture: `Idefics3ForConditionalGeneration` (that of SmolVLM): a vision encoder of {layers} layers, a Llama decoder
-  of {layers}, width {hidden}. Pictures are resized to {side}x{side} pixels and become {image_tokens} tokens each.
+- Architecture: `Idefics3ForConditionalGeneration` (that of SmolVLM): a vision encoder of {layers} layers, a Llama
+  decoder of {layers}, width {hidden}. Pictures are resized to {side}x{side} pixels and become {image_tokens} tokens.
 - Tokenizer: byte-level BPE of {num_tokens} tokens made for these sentences; it takes any other text too.
 - Weights: float16 on disk, {weights_bytes:,} bytes, safetensors. Load them in float32.
-- Training: from nothing, {steps:,} steps of {batch_rows} conversations (seed {seed}), {minutes:.0f} minutes on a CPU, by
-  `scripts/train_demo_model.py`. Every picture is composed anew.
-- Accuracy: {accuracy:.1%} of {test_rows:,} questions answered exactly (float32, greedy), on pictures composed of digits that
-  were kept out of training. By task: {by_task}.
+- Training: from nothing, {steps:,} steps of {batch_rows} conversations (seed {seed}), {minutes:.0f} minutes on a CPU,
+  by `scripts/train_demo_model.py`. Every picture is composed anew.
+- Accuracy: {accuracy:.1%} of {test_rows:,} questions answered exactly (float32, greedy), on pictures composed of digits
+  that were kept out of training. By task: {by_task}.
 
 ## Data
 

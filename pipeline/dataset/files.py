@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -112,6 +113,8 @@ def open_file(root: str, path: str, size_bytes: int, error: type[VlmBatchError] 
             import fsspec
 
             handle = fsspec.open(url, "rb").open()
+            if isinstance(handle, io.BytesIO):  # fsspec's memory files have one position for all who open them
+                handle = io.BytesIO(handle.getvalue())
             size = getattr(handle, "size", None) if size_bytes else None  # not every store tells sizes
     except (OSError, ImportError, ValueError) as cause:
         raise error(f"{url} cannot be opened: {cause}") from cause

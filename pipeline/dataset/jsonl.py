@@ -72,8 +72,10 @@ class _Scan:
                     if num_rows % MARK_EVERY == 0:
                         marks.append(record.offset)
                     self.num_cleaned += record.num_cleaned
-                    ids.append(self._note(record.values, path, num_rows))
+                    row_id = self._note(record.values, path, num_rows)
                     num_rows += 1
+                    if self.config.id_column:
+                        ids.append(row_id)
                     if len(ids) == _ID_CHUNK:
                         self.ids.add(ids)
                         ids = []
@@ -98,7 +100,7 @@ class _Scan:
             seen.add(value)
         if self.config.image_column and not self.has_data_uris:
             self.has_data_uris = holds_data_uri(values.get(self.config.image_column))
-        return values.get(self.config.id_column) if self.config.id_column else ""
+        return values.get(self.config.id_column) if self.config.id_column else None
 
     def columns(self) -> tuple[pa.Schema, list[str]]:
         warnings = []

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.base import Dataset, DatasetConfig, Inputs
 from pipeline.dataset.cells import holds_data_uri, origin
-from pipeline.dataset.files import Files, Span, files_table, joined, open_file
+from pipeline.dataset.files import Files, Span, files_table, is_local, joined, open_file
 from pipeline.dataset.ids import Ids, id_text, stand_in
 from pipeline.dataset.listing import Listing, listed, regular
 from pipeline.dataset.table import TableRows, kept_columns, plain_batch, plain_schema, plain_type, rows_in, table_rows
@@ -152,12 +152,14 @@ def _is_parquet(path: str) -> bool:
 
 
 def _parquet_file(root: str, path: str, size_bytes: int, error: type[VlmBatchError]) -> pq.ParquetFile:
-    handle: IO[bytes] = open_file(root, path, size_bytes, error)
+    source: Any = open_file(root, path, size_bytes, error)
+    if is_local(root):  # pyarrow reads it itself, without Python's lock
+        source.close()
+        source = joined(root, path)
     try:
         # Flipped bits are read as other values unless checksums are verified.
-        return pq.ParquetFile(handle, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        return pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
     except (OSError, pa.ArrowException, MemoryError) as cause:
-        handle.close()
         raise error(f"{joined(root, path)} is no readable Parquet file: {cause}") from cause
 
 

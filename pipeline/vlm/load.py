@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import RunFailed, UsageError
 from pipeline.vlm.identity import ModelIdentity
@@ -50,6 +51,7 @@ def load_model(options: VlmConfig, identity: ModelIdentity, *, num_threads: int)
         RunFailed: the folder holds no model of transformers' image-text-to-text classes.
     """
     device = _device(options.device)
+    transformers_logging.disable_progress_bar()  # the run has a bar of its own
     source = str(identity.folder)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=options.trust_remote_code)

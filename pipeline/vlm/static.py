@@ -167,7 +167,7 @@ class _Loop:
         engine = self._engine
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         logits_BV = model(**inputs, return_dict=True).logits[:, -1]
-        cache, mask_BT = kwargs["past_key_values"], kwargs["attention_mask"]
+        cache, mask_BT = kwargs["past_key_values"], kwargs.get("attention_mask")  # no mask where nothing is padded
         rows = list(self._generations)  # of the batch, in its order
         position = _last_position(inputs, len(rows))
         seen_BV = _seen(input_ids, mask_BT, logits_BV) if engine._sampler.needs_history else None
@@ -182,11 +182,13 @@ class _Loop:
                 keep = torch.tensor(live, device=token_B.device)
                 rows = [rows[place] for place in live]
                 cache.reorder_cache(keep)
-                token_B, mask_BT = token_B[keep], mask_BT[keep]
+                token_B = token_B[keep]
+                mask_BT = None if mask_BT is None else mask_BT[keep]
                 position = None if position is None else position[..., keep, :]
                 seen_BV = None if seen_BV is None else seen_BV[keep]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
-            step = {"input_ids": token_B[:, None], "attention_mask": mask_BT, "past_key_values": cache}
+            step = {"input_ids": token_B[:, None], "past_key_values": cache}
+            if mask_BT is not None:
+                mask_BT = step["attention_mask"] = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
             if position is not None:
                 position = step["position_ids"] = position + 1
             logits_BV = model(**step, use_cache=True, logits_to_keep=1, return_dict=True).logits[:, -1]
@@ -214,8 +216,9 @@ def _last_position(inputs: Mapping[str, Any], num_rows: int) -> torch.Tensor | N
     return position.expand(*position.shape[:-2], num_rows, 1) if position.shape[-2] == 1 else position
 
 
-def _seen(input_ids: torch.Tensor, mask_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+def _seen(input_ids: torch.Tensor, mask_BT: torch.Tensor | None, logits_BV: torch.Tensor) -> torch.Tensor:
     """Which tokens a row's prompt has. Padding does not count: it differs from batch to batch."""
+    mask_BT = torch.ones_like(input_ids) if mask_BT is None else mask_BT
     counts_BV = torch.zeros(logits_BV.shape, dtype=torch.int32, device=logits_BV.device)
     counts_BV.scatter_add_(1, input_ids.clamp(max=logits_BV.shape[1] - 1), mask_BT.to(torch.int32))
     return counts_BV > 0
