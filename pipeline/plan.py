@@ -32,8 +32,9 @@ from pipeline.write.schema import SCHEMA_VERSION
 from pipeline.write.shard import shard_files
 
 PLAN_FILE, INPUTS_FILE = "plan.json", "plan/inputs.parquet"
-# Where a source lies says nothing about what is in it: a changed path is compared by the source's own identity.
-LOCATION = "dataset.path"
+# Where something lies says nothing about what it is: source and model are compared by what is in them.
+SOURCE = "dataset.path"
+LOCATIONS = (SOURCE, "vlm.path", "vlm.revision")
 _VERSIONS = ("vlm-batch", "torch", "transformers", "accelerate", "datasets", "pillow", "pyarrow", "hydra-core", "numpy")
 
 Settings = Mapping[str, Any]  # dotted key -> JSON value: everything that changes answers
@@ -77,7 +78,7 @@ class Plan:
 
 def fingerprint(settings: Settings) -> str:
     """One hash over everything that changes answers."""
-    meaning = {name: value for name, value in settings.items() if name != LOCATION}
+    meaning = {name: value for name, value in settings.items() if name not in LOCATIONS}
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
@@ -85,8 +86,8 @@ def source_identity(inputs: Inputs, max_rows: int | None) -> dict[str, Any]:
     """What makes a source this source: relative paths, sizes and row counts; never dates or where it is mounted."""
     digest = hashlib.sha256()
     for name in ("path", "size_bytes", "num_rows"):
-        for value in inputs.files[name].to_pylist():
-            digest.update(f"{value}\0".encode("utf-8", "surrogatepass"))
+        values = "\0".join(map(str, inputs.files[name].to_pylist()))
+        digest.update(values.encode("utf-8", "surrogatepass"))
     total = sum(inputs.files["num_rows"].to_pylist())
     return {
         "dataset.files_sha256": digest.hexdigest(),
@@ -191,13 +192,13 @@ def refuse_changes(
         SettingsChanged: field by field what differs, and the ways out.
     """
     now = dict(settings)
-    if now.get(LOCATION) == plan.settings.get(LOCATION):
+    if now.get(SOURCE) == plan.settings.get(SOURCE):
         now |= {name: value for name, value in plan.settings.items() if name not in now and name.startswith("dataset.")}
     else:
         now |= source_identity(scan(), max_rows)
-    names = sorted((set(now) | set(plan.settings)) - {LOCATION})
+    names = sorted(set(now) | set(plan.settings))
     changed = [name for name in names if now.get(name) != plan.settings.get(name)]
-    if not changed:
+    if not set(changed) - set(LOCATIONS):
         return
     width = max(map(len, changed))
     lines = [

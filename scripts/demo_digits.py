@@ -22,7 +22,7 @@ BLOCK = 10  # neighbours in the set that stay on one side of the split
 TEST_EVERY = 6  # every sixth block is for testing: about 300 of the 1,797 digits
 
 GRID = 4  # cells in width and height of a picture
-SHIFT = 0.15  # how far a digit may stand from the middle of its cell, in cells
+SHIFT = 0.12  # how far a digit may stand from the middle of its cell, in cells
 MAX_DIGITS = 4  # in a picture that comes alone
 MAX_DIGITS_OF_TWO = 3  # in each picture of a pair
 PICTURE_SIZES = ((32, 32), (48, 40), (40, 48), (64, 64), (80, 64))  # (width, height) in pixels
@@ -95,7 +95,7 @@ def draw(digits: Digits, chosen: list[int], rng: Generator) -> Image.Image:
     columns = sorted(rng.choice(GRID, len(chosen), replace=False).tolist())
     row = rng.integers(GRID)
     for column, index in zip(columns, chosen, strict=True):
-        scale = rng.uniform(0.9, 1.15)
+        scale = rng.uniform(0.85, 1.05)
         digit_width, digit_height = round(cell_width * scale), round(cell_height * scale)
         digit = Image.fromarray(digits.images[index]).resize((digit_width, digit_height), Image.Resampling.BICUBIC)
         digit = digit.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)

@@ -63,7 +63,7 @@ CHAT_TEMPLATE = """\
 {% endif -%}
 """
 PART_ROWS = 16
-EASY_TASKS = ("read", "count", "first", "last")
+EASY_TASKS = ("read", "read", "read", "count", "first", "last")
 EASY_SHARE = 0.25  # of the steps: it learns to see before it learns to talk
 SECOND_QUESTION_ODDS = 0.3
 SYSTEM_ODDS = 0.15
@@ -269,16 +269,19 @@ def train(
     model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, digits: Digits, args: argparse.Namespace
 ) -> None:
     rng = np.random.default_rng(args.seed)
-    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    # Muon for the matrices inside the layers learns this in half the steps of AdamW, which keeps the rest.
+    inner = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "layers." in name]
+    outer = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "layers." not in name]
+    optimizers = [
+        torch.optim.Muon(inner, lr=args.learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
 
     def pace(step: int) -> float:
         warm = min(1.0, (step + 1) / 100)
         return warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / args.steps)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, pace) for optimizer in optimizers]
     begin = time.perf_counter()
     model.train()
     recent: list[float] = []
@@ -291,7 +294,7 @@ def train(
         ]
         masks = [spoken(part["input_ids"], processor)[:, 1:] for part in parts]
         num_spoken = sum(int(mask.sum()) for mask in masks)
-        optimizer.zero_grad()
+        model.zero_grad()
         recent.append(0.0)
         for part, mask in zip(parts, masks, strict=True):
             logits = model(**part, use_cache=False).logits[:, :-1]
@@ -299,8 +302,9 @@ def train(
             loss.backward()
             recent[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         if (step + 1) % 100 == 0:
             seconds = time.perf_counter() - begin
             print(f"step {step + 1:5d} of {args.steps}  loss {np.mean(recent):.4f}  {seconds:.0f} s", flush=True)

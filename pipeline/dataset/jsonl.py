@@ -141,21 +141,24 @@ class Lines:
         row, offset = self._files.mark(span, MARK_EVERY)
         folder, known = self._origin(span), (0, 1)
         with open_file(self._root, span.path, span.size_bytes) as handle:
-            for record in records(handle, span.path, offset):
-                if row >= span.stop:
-                    return
-                if row < span.start:
-                    pass
-                elif isinstance(record.values, ValueError):
-                    known = (record.offset, self._line_number(span, record.offset, known))
-                    message = f"{joined(self._root, span.path)}:{known[1]} does not parse: {record.values}"
-                    yield self._table.lost(span.first + row, span, type(record.values).__name__, message)
-                else:
-                    values = record.values
-                    # Images, id and conversation are taken as they came, not as the column's common type has them.
-                    columns = {name: conformed(values.get(name), type_) for name, type_ in self._types.items()}
-                    yield self._table.row(span.first + row, span, values, columns=columns, origin=folder)
-                row += 1
+            try:
+                for record in records(handle, span.path, offset):
+                    if row >= span.stop:
+                        return
+                    if row < span.start:
+                        pass
+                    elif isinstance(record.values, ValueError):
+                        known = (record.offset, self._line_number(span, record.offset, known))
+                        message = f"{joined(self._root, span.path)}:{known[1]} does not parse: {record.values}"
+                        yield self._table.lost(span.first + row, span, type(record.values).__name__, message)
+                    else:
+                        values = record.values
+                        # Images, id and conversation are taken as they came, not as the column's common type has them.
+                        columns = {name: conformed(values.get(name), type_) for name, type_ in self._types.items()}
+                        yield self._table.row(span.first + row, span, values, columns=columns, origin=folder)
+                    row += 1
+            except OSError as error:
+                raise RunFailed(f"{joined(self._root, span.path)} cannot be read: {error}") from error
         if row < span.stop:
             raise RunFailed(f"{joined(self._root, span.path)} has fewer rows than when it was planned; plan anew.")
 

@@ -19,7 +19,7 @@ from pipeline.dataset.cells import holds_data_uri, origin
 from pipeline.dataset.files import Files, Span, files_table, is_local, joined, open_file
 from pipeline.dataset.ids import Ids, id_text, stand_in
 from pipeline.dataset.listing import Listing, listed, regular
-from pipeline.dataset.table import TableRows, kept_columns, plain_batch, plain_schema, plain_type, rows_in, table_rows
+from pipeline.dataset.table import TableRows, holds_bytes, kept_columns, plain_batch, plain_schema, rows_in, table_rows
 from pipeline.errors import RunFailed, UsageError, VlmBatchError
 from pipeline.records import Row
 
@@ -217,10 +217,10 @@ def _common_schema(config: DatasetConfig, paths: list[str], schemas: list[pa.Sch
 
 
 def _has_data_uris(config: DatasetConfig, inputs: Inputs) -> bool:
-    """Whether the first image that is not null is a data URI: one page of one file is read."""
+    """Whether the first image that is not null is a data URI: the first rows are read."""
     name = config.image_column
     number = inputs.columns.get_field_index(name) if name else -1
-    if name is None or number < 0 or pa.types.is_null(plain_type(inputs.columns.field(number).type)):
+    if name is None or number < 0 or holds_bytes(inputs.columns.field(number).type):
         return False
     table = TableRows((name,), None, None, None, origin(None, inputs.root, False))
     dataset = ParquetRows(table, inputs)

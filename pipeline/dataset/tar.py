@@ -42,21 +42,21 @@ def suffix(extension: str) -> str:
 
 
 def samples(
-    handle: IO[bytes], path: str, offset: int, wanted: Callable[[int, str], bool], skipped: Counter[str] | None = None
+    handle: IO[bytes], path: str, offset: int, wanted: Callable[[int, str], bool], notes: Counter[str] | None = None
 ) -> Iterator[Sample]:
     """The samples from byte `offset` on, which is 0 or the offset of a sample (uncompressed bytes in a .tgz).
 
     wanted: whether to read a member's data, from the sample's number in this call and the extension.
-    skipped: counts what was passed over, by reason.
+    notes: counts what was passed over, by reason.
     A tar that ends too early, or has no header where one must be, ends in a sample with a fault.
     """
-    skipped = Counter() if skipped is None else skipped
+    notes = Counter() if notes is None else notes
     stream: Any = gzip.GzipFile(fileobj=handle) if path.lower().endswith("gz") else handle
     sample: Sample | None = None
     number = -1
     try:
-        for member in _members(stream, offset):
-            name = _key_and_extension(member, skipped)
+        for member in _members(stream, offset, notes):
+            name = _key_and_extension(member, notes)
             if name is None:
                 continue
             key, extension = name
@@ -67,7 +67,7 @@ def samples(
             if any(extension == other for other, _ in sample.members):
                 sample.fault = ("DuplicateMember", f"{key} has two members .{extension}")
             if suffix(extension) not in IMAGES | TEXTS | {"json"}:
-                skipped[f".{extension} members, which are neither images, text nor JSON"] += 1
+                notes[f".{extension} members passed over: neither images, text nor JSON"] += 1
                 continue
             data = None
             if wanted(number, extension):
@@ -96,7 +96,7 @@ class _NoHeader(Exception):
         self.offset = offset
 
 
-def _members(stream: Any, offset: int) -> Iterator[tarfile.TarInfo]:
+def _members(stream: Any, offset: int, notes: Counter[str]) -> Iterator[tarfile.TarInfo]:
     stream.seek(offset)
     archive: Any = tarfile.TarFile(fileobj=stream, mode="r")
     last = -1
@@ -108,20 +108,23 @@ def _members(stream: Any, offset: int) -> Iterator[tarfile.TarInfo]:
         yield member
     # tarfile takes a damaged header for the end; the true end is the end of the file or a block of zeros.
     stream.seek(archive.offset)
-    if any(stream.read(512)):
+    block = stream.read(512)
+    if not block:
+        notes["tar without an end mark: it may be cut short"] += 1
+    if any(block):
         raise _NoHeader(archive.offset)
 
 
-def _key_and_extension(member: tarfile.TarInfo, skipped: Counter[str]) -> tuple[str, str] | None:
+def _key_and_extension(member: tarfile.TarInfo, notes: Counter[str]) -> tuple[str, str] | None:
     name = member.name.removeprefix("./")
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
-        skipped["links, devices and sparse members"] += 1
+        notes["links, devices and sparse members passed over"] += 1
     elif name.startswith("/") or ".." in name.split("/"):
-        skipped["members with absolute names or .."] += 1
+        notes["members with absolute names or .. passed over"] += 1
     elif (match := _NAME.fullmatch(name)) is None or name.rpartition("/")[2].startswith("__"):
-        skipped["members without an extension, or hidden"] += 1
+        notes["members without an extension, or hidden, passed over"] += 1
     else:
         return match[1].encode("utf-8", "backslashreplace").decode(), match[2].lower()
     return None

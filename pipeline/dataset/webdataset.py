@@ -57,7 +57,7 @@ class _Scan:
         self.image_extensions: set[str] = set()
         self.num_rows: list[int] = []
         self.marks: list[list[int]] = []
-        self.skipped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.broken: list[str] = []
         name = config.id_column
         self.ids = Ids(
@@ -68,7 +68,7 @@ class _Scan:
         num_rows, marks, ids = 0, list[int](), list[Any]()
         with open_file(root, path, size_bytes, UsageError) as handle:
             try:
-                for sample in samples(handle, path, 0, lambda _, extension: _is_value(extension), self.skipped):
+                for sample in samples(handle, path, 0, lambda _, extension: _is_value(extension), self.notes):
                     if num_rows % MARK_EVERY == 0:
                         marks.append(sample.offset)
                     ids.append(self._note(sample, path))
@@ -99,7 +99,7 @@ class _Scan:
         return pa.schema([pa.field(name, seen.type()) for name, seen in self.seen.items()])
 
     def warnings(self) -> list[str]:
-        lines = [f"{number} x passed over: {reason}" for reason, number in sorted(self.skipped.items())]
+        lines = [f"{number} x {note}" for note, number in sorted(self.notes.items())]
         if self.broken:
             lines.append(f"{len(self.broken)} samples cannot be read and become error rows, e.g. {self.broken[0]}")
         mixed = [name for name, seen in self.seen.items() if seen.is_mixed()]

@@ -76,9 +76,9 @@ def open_image(ref: ImageRef, *, max_image_pixels: int, allow_urls: bool = False
         raise RowFault(Stage.DECODE, "UnidentifiedImageError", f"{name}: empty, 0 bytes")
     try:
         with _strict(max_image_pixels) as said:
-            image, notes = _decoded(data, max_image_pixels)
+            image, notes = _decoded(data)
     except UnidentifiedImageError:
-        message = f"{name}: not one of {', '.join(FORMATS)}; {len(data)} bytes, starting with {data[:12]!r}"
+        message = f"{name}: not readable as {', '.join(FORMATS)}; {len(data)} bytes, starting with {data[:12]!r}"
         raise RowFault(Stage.DECODE, "UnidentifiedImageError", message) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         declared = re.search(r"\d+", str(error))
@@ -158,14 +158,9 @@ def _require_file(status: os.stat_result, path: str) -> None:
         raise RowFault(Stage.READ, "FileTooLarge", f"{path}: {status.st_size:,} bytes, limit {MAX_ENCODED_BYTES:,}")
 
 
-def _decoded(data: bytes, max_image_pixels: int) -> tuple[Image.Image, list[str]]:
+def _decoded(data: bytes) -> tuple[Image.Image, list[str]]:
     notes: list[str] = []
-    with Image.open(BytesIO(data), formats=FORMATS) as source:
-        num_pixels = source.width * source.height  # the header's word, before any pixel
-        if num_pixels > max_image_pixels:
-            raise Image.DecompressionBombError(f"{num_pixels} pixels")
-        if num_pixels == 0:
-            raise ValueError(f"{source.width} x {source.height} pixels: nothing to see")
+    with Image.open(BytesIO(data), formats=FORMATS) as source:  # refuses by the header what has too many pixels
         source.load()
         try:
             turn = orientation(source)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunFailed
-from pipeline.vlm.options import VlmConfig
+from pipeline.vlm.options import Dtype, VlmConfig
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -29,6 +29,7 @@ class ModelIdentity:
     revision: str | None  # hub commit
     folder: Path
     files: Mapping[str, str]
+    dtype: str  # what the weights are computed in: vlm.dtype, and for auto what the checkpoint says
     config: Mapping[str, Any]  # config.json
     generation_config: Mapping[str, Any]  # generation_config.json
 
@@ -36,7 +37,7 @@ class ModelIdentity:
     def settings(self) -> dict[str, Any]:
         """What of the model changes answers, by dotted key."""
         found: dict[str, Any] = {f"vlm.files.{name}": digest for name, digest in self.files.items()}
-        return found | {"vlm.revision_found": self.revision}
+        return found | {"vlm.revision_found": self.revision, "vlm.dtype": self.dtype}
 
     @property
     def max_tokens(self) -> int | None:
@@ -64,7 +65,10 @@ def identify(options: VlmConfig) -> ModelIdentity:
     _check_whole(folder)
     files = {} if revision else dict(_hashes(folder))
     model_id = DEMO if options.path == DEMO else options.path
-    return ModelIdentity(model_id, revision, folder, files, config, _json(folder / "generation_config.json") or {})
+    dtype = options.dtype.value if options.dtype is not Dtype.auto else _checkpoint_dtype(config)
+    return ModelIdentity(
+        model_id, revision, folder, files, dtype, config, _json(folder / "generation_config.json") or {}
+    )
 
 
 def _folder(options: VlmConfig) -> tuple[Path, str | None]:
@@ -91,6 +95,11 @@ def _folder(options: VlmConfig) -> tuple[Path, str | None]:
             f"vlm.path={options.path}: not a folder here, and not to be had from the hub: {problem}"
         ) from problem
     return found, found.name
+
+
+def _checkpoint_dtype(config: Mapping[str, Any]) -> str:
+    found = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return str(found).removeprefix("torch.")
 
 
 def _check_whole(folder: Path) -> None:

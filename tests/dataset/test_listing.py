@@ -84,7 +84,7 @@ def test_globs_single_files_and_names_with_magic_characters_are_found(tmp_path: 
 
 def test_a_path_that_does_not_exist_is_refused_but_an_empty_folder_is_an_empty_dataset(tmp_path: Path) -> None:
     for path in ("nothing", "nothing/*.jpg", "*.jpg", "x{1..2}.jpg"):
-        with pytest.raises(UsageError, match="dataset.path"):
+        with pytest.raises(UsageError, match=r"dataset\.path"):
             ImagesConfig(path=f"{tmp_path}/{path}").scan()
     with pytest.raises(UsageError, match="cannot be listed"):
         ImagesConfig(path="nosuchscheme://a/b").scan()

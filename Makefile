@@ -1,0 +1,43 @@
+# A fresh machine needs Python 3.11 or newer, git and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# torch first and by itself: with it in place nothing draws in another build with gigabytes of CUDA.
+$(BIN)/vlm-batch: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vlm-batch needs Python 3.11 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/vlm-batch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(BIN)/vlm-batch $@
+
+setup: $(VENV)/.dev  ## .venv with everything for development
+
+demo: $(BIN)/vlm-batch  ## the main job on the embedded model and pictures; answers in outputs/demo
+	$(BIN)/vlm-batch run
+	$(BIN)/python scripts/demo_accuracy.py outputs/demo
+
+test: $(VENV)/.dev  ## all tests that need no GPU (under 10 minutes on two cores)
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## ruff, formatting, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict pipeline
+
+bench: $(VENV)/.dev  ## speed against plain transformers, memory, planning: one table, and JSON
+	$(BIN)/python scripts/bench.py --output outputs/bench
+
+clean:  ## remove .venv and caches, keep outputs
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

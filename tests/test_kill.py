@@ -1,0 +1,70 @@
+"""Killing it costs nothing but time: SIGKILL again and again, and the result is that of an unbroken run."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import CommandLine
+
+NUM_KILLS = 20
+NUM_ROWS = 600
+# Small batches make the run last, short syncs give every kill something to find.
+JOB = [
+    "run", f"dataset.max_rows={NUM_ROWS}", "write.shard_rows=70", "write.sync_seconds=0.1", "engine.max_batch_rows=3",
+    "output_dir=killed",
+]  # fmt: skip
+
+
+def finished_bytes(output_dir: Path) -> int:
+    """Grows with every answer that reaches the disk."""
+    files = [*(output_dir / "data").glob("part-*.parquet"), *(output_dir / "work").glob("*.journal")]
+    total = 0
+    for path in files:
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # published between the two lines
+            continue
+    return total
+
+
+def without_run_id(output_dir: Path) -> pa.Table:
+    table = pq.read_table(output_dir / "data")
+    return table.drop_columns(["run_id"])
+
+
+@pytest.mark.timeout(600)
+def test_twenty_kills_lose_no_row_and_change_no_answer(vlm_batch: CommandLine, tmp_path: Path) -> None:
+    """Some kills hit the start, most hit the work; readers see whole shards only, at any moment."""
+    rng = random.Random(2026)
+    output_dir = tmp_path / "killed"
+    num_kills_at_work = 0
+    for kill in range(NUM_KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *JOB], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if kill % 4 == 3:
+            time.sleep(rng.uniform(0.2, 3.0))
+        else:
+            before, deadline = finished_bytes(output_dir), time.monotonic() + 90
+            while process.poll() is None and finished_bytes(output_dir) <= before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert process.poll() is None, "the run ended before its kill: make it longer"
+            time.sleep(rng.uniform(0, 0.4))
+            num_kills_at_work += 1
+        process.kill()
+        process.wait()
+        for path in (output_dir / "data").glob("*"):
+            assert pq.ParquetFile(path, page_checksum_verification=True).read().num_rows in (70, NUM_ROWS % 70)
+    assert num_kills_at_work >= 15
+    vlm_batch(*JOB)
+    vlm_batch("audit", "output_dir=killed")
+    vlm_batch(*[word.replace("killed", "unbroken") for word in JOB])
+    assert without_run_id(output_dir).equals(without_run_id(tmp_path / "unbroken"))
+    assert not (output_dir / "work").exists()
