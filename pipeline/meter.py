@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -15,6 +16,8 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from pipeline.tally import Tally
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -105,8 +108,11 @@ class Meter:
             "tokens_per_second": round(self.tokens_per_second, 3),
         }
         beside = self._path.with_suffix(".tmp")
-        beside.write_text(json.dumps(content | dict(more), indent=1))
-        os.replace(beside, self._path)
+        try:
+            beside.write_text(json.dumps(content | dict(more), indent=1))
+            os.replace(beside, self._path)
+        except OSError as problem:  # a full disk ends the run where an answer cannot be kept, not where a figure cannot
+            log.warning("%s could not be written: %s", self._path, problem)
 
     def close(self) -> None:
         if self._bar is not None:

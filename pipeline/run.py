@@ -16,7 +16,7 @@ from functools import partial
 
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Dataset, Inputs
-from pipeline.errors import ErrorBudgetExceeded, Interrupted, RowFault, UsageError
+from pipeline.errors import ErrorBudgetExceeded, Interrupted, RowFault, RunFailed, UsageError
 from pipeline.interruption import Interruption
 from pipeline.meter import Meter
 from pipeline.plan import Plan, make_folders, open_plan, read_inputs
@@ -98,8 +98,10 @@ def run(config: RunConfig, rank: int, world: int) -> None:
             results = meter.waiting(pool.results(tasks))
             for answer in engine.answers(samples_of(results, record)):
                 record(answer)
-            if stop.requested and ledger.num_open_shards:
-                raise Interrupted("Stopped by a signal. Run the same command again to go on.")
+            if ledger.num_published < len(todo):
+                if stop.requested:
+                    raise Interrupted("Stopped by a signal. Run the same command again to go on.")
+                raise RunFailed(f"the work ended with {len(todo) - ledger.num_published} shards unfinished: a bug")
             state = "done"
         except Interrupted:
             state = "interrupted"

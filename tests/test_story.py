@@ -120,6 +120,20 @@ def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, vlm_batch: 
     vlm_batch("audit", "output_dir=answers")
 
 
+def test_a_signal_before_the_first_answer_asks_for_another_start(tmp_path: Path) -> None:
+    """Stopped while the model loads: nothing is done yet, and the exit code says so."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "dataset.max_rows=50", "output_dir=answers"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "answers" / "work").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+
+
 def wait_for_journal(output_dir: Path, process: subprocess.Popen[str]) -> None:
     """Until the first answers are on disk."""
     deadline = time.monotonic() + 120

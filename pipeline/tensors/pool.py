@@ -2,10 +2,10 @@
 
 torch's DataLoader and concurrent.futures end with their first killed worker. Here one thread of the parent hands tasks
 to workers over pipes, one message a task, so that a dead worker's culprit is known: the oldest task it had not
-answered. That task gets a second try alone in a fresh worker, then it is reported as lost; the tasks behind it are
-simply given to others.
+answered. That task gets a second try with nothing queued behind it, then it is reported as lost; the tasks behind it
+are simply given to others.
 
-    tasks -> [pump thread] -> pipe -> worker -> pipe -> [pump thread] -> bounded buffer -> results()
+    tasks -> [pump thread] -> outbox -> pipe -> worker -> pipe -> [pump thread] -> bounded buffer -> results()
 
 Backpressure: no task is handed out while more than `max_waiting` results, or `max_waiting_bytes` of them, are
 unconsumed.
@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -60,6 +61,8 @@ class _Assignment(Generic[Task]):
 class _Worker(Generic[Task]):
     process: multiprocessing.process.BaseProcess
     pipe: Connection
+    outbox: queue.SimpleQueue[bytes | None]
+    writer: threading.Thread
     assigned: deque[_Assignment[Task]] = field(default_factory=deque)
     ready: bool = False
     busy_since: float = 0.0  # when it began the oldest assigned task
@@ -97,13 +100,17 @@ class WorkerPool(Generic[Task, Result]):
         self._lock = threading.Lock()
         self._num_unconsumed = 0  # handed out and not yet taken from results()
         self._unconsumed_bytes = 0  # results only
-        self._stopping = threading.Event()
+        self._stopping = self._closing = False  # set from a signal handler: no lock may be involved
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
-        self._pump: threading.Thread | None = None
-        # Workers start now, so that they are ready when the model is.
+        self._workers: list[_Worker[Task]] = []
+        self._tasks: queue.SimpleQueue[Iterator[Task] | None] = queue.SimpleQueue()
+        self._taken = False
         with environment():
-            self._workers = [self._start() for _ in range(num_workers)]
+            forkserver.ensure_running()
+        # The fork server's imports take seconds: the pump waits for them, while the caller loads its model.
+        self._pump = threading.Thread(target=self._run, name="encode-pump", daemon=True)
+        self._pump.start()
 
     def results(self, tasks: Iterator[Task]) -> Iterator[Result | Lost[Task]]:
         """Every task's result exactly once, as they finish. May be called once.
@@ -112,9 +119,9 @@ class WorkerPool(Generic[Task, Result]):
             RunFailed: a worker could not be built, or the program failed in it.
             whatever `tasks` raises.
         """
-        assert self._pump is None, "a pool serves one stream of tasks"
-        self._pump = threading.Thread(target=self._run, args=(tasks,), name="encode-pump", daemon=True)
-        self._pump.start()
+        assert not self._taken, "a pool serves one stream of tasks"
+        self._taken = True
+        self._tasks.put(tasks)
         while True:
             kind, value, size_bytes = self._buffer.get()
             if kind == "end":
@@ -128,23 +135,22 @@ class WorkerPool(Generic[Task, Result]):
             yield value
 
     def stop_feeding(self) -> None:
-        """Hand out no further task; results() ends with what is in the workers."""
-        self._stopping.set()
+        """Hand out no further task; results() ends with what is in the workers. May be called by a signal handler."""
+        self._stopping = True
         self._wake()
 
     def close(self) -> None:
         """End the workers at once."""
-        self._stopping.set()
+        self._closing = True
+        self._tasks.put(None)
         self._wake()
+        self._pump.join()  # first: it would replace the workers that end here
         for worker in self._workers:
-            worker.process.kill()
-        if self._pump is not None:
-            self._pump.join()
-        for worker in self._workers:
-            worker.process.join()
-            worker.pipe.close()
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+            _end(worker)
+        reader, writer = self._wake_reader, self._wake_writer
+        self._wake_writer = -1  # a late signal finds nothing to write to
+        os.close(reader)
+        os.close(writer)
 
     def __enter__(self) -> WorkerPool[Task, Result]:
         return self
@@ -154,9 +160,13 @@ class WorkerPool(Generic[Task, Result]):
 
     # The pump thread ---------------------------------------------------------------------------------------------
 
-    def _run(self, tasks: Iterator[Task]) -> None:
+    def _run(self) -> None:
         try:
-            self._pump_tasks(tasks)
+            for _ in range(self._num_workers):
+                self._workers.append(self._start())
+            tasks = self._tasks.get()
+            if tasks is not None:
+                self._pump_tasks(tasks)
             self._buffer.put(("end", None, 0))
         except BaseException as problem:  # handed to results(): a thread has no caller
             self._buffer.put(("raise", problem, 0))
@@ -164,11 +174,11 @@ class WorkerPool(Generic[Task, Result]):
     def _pump_tasks(self, tasks: Iterator[Task]) -> None:
         returned: deque[_Assignment[Task]] = deque()  # from workers that died
         number, exhausted = 0, False
-        while True:
+        while not self._closing:
             while (worker := self._free_worker()) is not None:
                 if returned:
                     assignment = returned.popleft()
-                elif exhausted or self._stopping.is_set() or not self._may_hand_out():
+                elif exhausted or self._stopping or not self._may_hand_out():
                     break
                 else:
                     try:
@@ -182,7 +192,7 @@ class WorkerPool(Generic[Task, Result]):
                         self._num_unconsumed += 1
                 self._assign(worker, assignment)
             idle = not returned and not any(worker.assigned for worker in self._workers)
-            if idle and (exhausted or self._stopping.is_set()):
+            if idle and (exhausted or self._stopping):
                 return
             for ready in wait([self._wake_reader, *(worker.pipe for worker in self._workers)], _TICK_SECONDS):
                 if ready == self._wake_reader:
@@ -211,8 +221,7 @@ class WorkerPool(Generic[Task, Result]):
         if not worker.assigned:
             worker.busy_since = time.monotonic()
         worker.assigned.append(assignment)
-        with contextlib.suppress(OSError):  # it died: its pipe reports the end, and _bury takes the task back
-            worker.pipe.send_bytes(pickle.dumps((assignment.number, assignment.task), protocol=5))
+        worker.outbox.put(pickle.dumps((assignment.number, assignment.task), protocol=5))
 
     def _receive(self, worker: _Worker[Task]) -> list[_Assignment[Task]]:
         """Take one message from a worker; what is to be handed out again if it was its last."""
@@ -234,13 +243,10 @@ class WorkerPool(Generic[Task, Result]):
 
     def _bury(self, worker: _Worker[Task], *, timed_out: bool) -> list[_Assignment[Task]]:
         """Replace a dead or hanging worker; the tasks to hand out again, the suspect first."""
-        worker.process.kill()
-        worker.process.join()
-        worker.pipe.close()
+        _end(worker)
         if not worker.ready:
             raise RunFailed(f"a worker process ended with exit code {worker.process.exitcode} before it was ready.")
-        with environment():
-            self._workers[self._workers.index(worker)] = self._start()
+        self._workers[self._workers.index(worker)] = self._start()
         waiting = list(worker.assigned)
         if not waiting:
             log.warning("an idle worker process ended (%s) and was replaced", ending(worker.process.exitcode))
@@ -271,8 +277,27 @@ class WorkerPool(Generic[Task, Result]):
         )
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        writer = threading.Thread(target=_write, args=(ours, outbox), name="encode-outbox", daemon=True)
+        writer.start()
+        return _Worker(process, ours, outbox, writer)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
+        with contextlib.suppress(OSError):  # the pipe is full of wake-ups already, or closed
             os.write(self._wake_writer, b"\0")
+
+
+def _write(pipe: Connection, outbox: queue.SimpleQueue[bytes | None]) -> None:
+    """Send what the pump hands out: a worker that hangs leaves its pipe full, which must not stop the pump."""
+    with contextlib.suppress(OSError):  # it died: its pipe reports the end, and _bury takes its tasks back
+        while (message := outbox.get()) is not None:
+            pipe.send_bytes(message)
+
+
+def _end(worker: _Worker[Any]) -> None:
+    if worker.process.is_alive():  # the number of a process that is gone may be somebody else's by now
+        worker.process.kill()
+    worker.process.join()
+    worker.outbox.put(None)
+    worker.writer.join()
+    worker.pipe.close()

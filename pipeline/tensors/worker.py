@@ -21,20 +21,23 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
 }
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
     """Answer tasks until the parent is gone. A reply is (number, result), or ("ready" | "failed", ...)."""
     # The parent decides when a worker ends: a signal to the whole process group must not cost rows.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        work = pickle.loads(build)()
-        _limit_memory(memory_bytes)
-        pipe.send_bytes(pickle.dumps(("ready", None)))
-        # A thread empties the pipe, so that parent and worker never wait for each other with both directions full.
+        # A thread empties the pipe, so that parent and worker never wait for each other with both directions full, and
+        # notices when the parent is gone. It starts first: its stack is part of the baseline.
         tasks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
+        work = pickle.loads(build)()
+        _silence_libraries()
+        _limit_memory(memory_bytes)
+        pipe.send_bytes(pickle.dumps(("ready", None)))
         while (message := tasks.get()) is not None:
             number, task = pickle.loads(message)
             pipe.send_bytes(pickle.dumps((number, work(task)), protocol=5))
@@ -56,6 +59,13 @@ def _read(pipe: Connection, tasks: queue.SimpleQueue[bytes | None]) -> None:
         os._exit(0)
 
 
+def _silence_libraries() -> None:
+    """libtiff and others print hundreds of lines about one bad file; what is wrong with it stands in its error row."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+
+
 def _limit_memory(memory_bytes: int) -> None:
     with open("/proc/self/statm") as file:
         baseline_bytes = int(file.read().split()[0]) * resource.getpagesize()
@@ -73,11 +83,17 @@ def ending(exit_code: int | None) -> str:
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """Variables for the fork server and its workers; the user's own setting of one of them holds."""
+    """What the fork server, started within, passes on to its workers.
+
+    Variables (the user's own setting of one of them holds), and blocked signals: one to the whole process group must
+    not end it while it imports.
+    """
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for name in added:
             del os.environ[name]

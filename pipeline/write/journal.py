@@ -5,8 +5,9 @@ A journal is one attempt's file, `work/part-00042.<attempt>.journal`, only ever 
     magic | length u32 | crc32 u32 | payload | length u32 | crc32 u32 | payload | ...
 
 The first payload is a JSON header (plan_id, shard), each later one an Arrow IPC stream of some answers. Whatever stands
-behind the first frame that is short or fails its checksum is ignored: it is the tail of a process that was killed. A
-new attempt never appends to an old file, because what it wrote behind a torn frame would be lost with it.
+behind the first frame that is short, empty or fails its checksum is ignored: it is the tail of a process that was
+killed, or the zeros of a machine that lost power. Nobody appends to a file whose end may be torn: what is written
+behind a torn frame would be lost with it.
 """
 
 from __future__ import annotations
@@ -25,37 +26,45 @@ _FRAME = struct.Struct("<II")  # payload length in bytes, crc32 of the payload
 
 
 class Journal:
-    """An open journal of this attempt. Not safe for two threads at once: the ledger holds a lock around it."""
+    """An open journal of this attempt. Not safe for two threads at once: the ledger holds a lock around it.
+
+    After an OSError the file may end in half a frame: close it and go on in a new one.
+    """
 
     def __init__(self, path: Path, *, plan_id: str, shard: int) -> None:
         self.path = path
-        # "x": the name carries the attempt, so an existing file means that two attempts share an identity.
-        self._file = open(path, "xb")  # noqa: SIM115 - held until close()
-        self._file.write(_MAGIC)
-        self._append(json.dumps({"plan_id": plan_id, "shard": shard}).encode())
+        # "x": the name carries the attempt, so an existing file means that two attempts share an identity. Unbuffered:
+        # what a full disk refused must not lie in a buffer that a later close() writes.
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - held until close()
+        try:
+            self._write(_MAGIC + _frame(json.dumps({"plan_id": plan_id, "shard": shard}).encode()))
+        except OSError:
+            self._file.close()
+            raise
 
     def append(self, rows: pa.RecordBatch) -> None:
         """Write the answers and have the disk confirm them."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, rows.schema) as stream:
             stream.write_batch(rows)
-        self._append(sink.getvalue().to_pybytes())
+        self._write(_frame(sink.getvalue().to_pybytes()))
         os.fsync(self._file.fileno())
 
-    def _append(self, payload: bytes) -> None:
-        self._file.write(_FRAME.pack(len(payload), zlib.crc32(payload)) + payload)
-        self._file.flush()
+    def _write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_journal(path: Path, *, plan_id: str, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """The answers of a journal up to its first damaged frame; nothing if it belongs to another plan or schema."""
+def read_journal(path: Path, *, plan_id: str, shard: int, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """The answers of a journal up to its first damaged frame; nothing if it is of another plan, shard or schema."""
     batches: list[pa.RecordBatch] = []
     for number, payload in enumerate(_frames(path)):
         if number == 0:
-            if json.loads(payload).get("plan_id") != plan_id:
+            if json.loads(payload) != {"plan_id": plan_id, "shard": shard}:
                 return []
             continue
         with pa.ipc.open_stream(payload) as stream:
@@ -63,6 +72,23 @@ def read_journal(path: Path, *, plan_id: str, schema: pa.Schema) -> list[pa.Reco
                 return []
             batches.extend(stream)
     return batches
+
+
+def count_journal_rows(path: Path, *, plan_id: str) -> int:
+    """Answers in a journal of this plan, for a status: whole frames only."""
+    num_rows = 0
+    for number, payload in enumerate(_frames(path)):
+        if number == 0:
+            if json.loads(payload).get("plan_id") != plan_id:
+                return 0
+            continue
+        with pa.ipc.open_stream(payload) as stream:
+            num_rows += sum(batch.num_rows for batch in stream)
+    return num_rows
+
+
+def _frame(payload: bytes) -> bytes:
+    return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
 def _frames(path: Path) -> Iterator[bytes]:
@@ -73,19 +99,13 @@ def _frames(path: Path) -> Iterator[bytes]:
     with file:
         if file.read(len(_MAGIC)) != _MAGIC:
             return
+        left = os.fstat(file.fileno()).st_size - len(_MAGIC)
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
+            left -= _FRAME.size + length
+            if not length or left < 0:  # zeros pass their own checksum; a flipped length would ask for gigabytes
+                return
             payload = file.read(length)
             if len(payload) < length or zlib.crc32(payload) != checksum:
                 return
             yield payload
-
-
-def count_journal_rows(path: Path) -> int:
-    """Answers in a journal, for a status: whole frames only."""
-    num_rows = 0
-    for number, payload in enumerate(_frames(path)):
-        if number:
-            with pa.ipc.open_stream(payload) as stream:
-                num_rows += sum(batch.num_rows for batch in stream)
-    return num_rows

@@ -83,6 +83,7 @@ class Ledger:
         self._open: dict[int, _OpenShard] = {}
         self._rows: dict[int, _ExpectedRow] = {}
         self._lock = threading.Lock()
+        self.num_published = 0  # shards that this worker finished, whether or not another was quicker
         self._failure: Exception | None = None
         self._closing = threading.Event()
         self._syncer = threading.Thread(target=self._sync_forever, args=(sync_seconds,), name="journal", daemon=True)
@@ -141,11 +142,6 @@ class Ledger:
             del self._open[current.shard.number]
         self._publish(current)
 
-    @property
-    def num_open_shards(self) -> int:
-        """Shards taken in work and not yet published."""
-        return len(self._open)
-
     def sync(self) -> None:
         """Bring every pending answer into a journal, on disk."""
         with self._lock:
@@ -195,6 +191,8 @@ class Ledger:
             attempt_path=self._work_dir / f"{shard.name}.{self._attempt_id}.parquet",
             compression=self._compression,
         )
+        with self._lock:
+            self.num_published += 1
         if not won:
             log.info("%s was published by another worker meanwhile; this copy is discarded", shard.name)
         if current.journal:

@@ -9,9 +9,10 @@ import pytest
 
 from pipeline.dataset.files import NOT_A_FILE, joined
 from pipeline.dataset.images import ImagesConfig, accepted
+from pipeline.dataset.jsonl import JsonlConfig
 from pipeline.dataset.listing import listed
 from pipeline.dataset.patterns import brace_words, glob_regex, natural_key
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from pipeline.records import Row, Stage
 
 
@@ -194,3 +195,16 @@ def test_an_unreadable_folder_is_refused_by_name(tmp_path: Path) -> None:
             ImagesConfig(path=str(tmp_path)).scan()
     finally:
         locked.chmod(0o700)
+
+
+def test_a_fifo_where_a_table_was_planned_is_refused_without_opening_it(tmp_path: Path) -> None:
+    manifest = tmp_path / "a.jsonl"
+    manifest.write_bytes(b'{"image": "a"}\n')
+    config = JsonlConfig(path=str(tmp_path))
+    inputs = config.scan()
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with pytest.raises(RunFailed, match="not a regular file"):
+        list(config.open(inputs).rows(0, 1))
+    with pytest.raises(UsageError, match="not a regular file"):
+        config.scan()

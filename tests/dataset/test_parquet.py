@@ -292,3 +292,9 @@ def test_the_packaged_demo_is_read_without_a_path_and_refuses_one() -> None:
     assert {"id", "question", "answer", "task"} <= set(rows[0].columns)
     with pytest.raises(UsageError, match="dataset=parquet"):
         DemoConfig(path="my.parquet").scan()
+
+
+def test_a_table_of_which_no_column_is_read_still_has_its_rows(tmp_path: Path) -> None:
+    file = table_at(tmp_path / "a.parquet", {"mask": [b"x"] * 70}, row_group_size=50)
+    rows = rows_of(ParquetConfig(path=str(file), image_column=None))
+    assert [(row.index, row.columns, row.fault) for row in rows] == [(n, {}, None) for n in range(70)]
