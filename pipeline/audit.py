@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import RunFailed, UsageError
-from pipeline.plan import PLAN_FILE, Plan, read_plan
+from pipeline.plan import PLAN_FILE, Plan, read_inputs, read_plan
 from pipeline.records import Shard
+from pipeline.write.schema import WriteConfig, output_schema
 from pipeline.write.shard import read_shard, shard_files, shard_summary
 
 _MAX_EXAMPLES = 5
+_KEY = ("row_index", "prompt_name", "sample_index")
+_NEEDED = (*_KEY, "id", "status", "error_stage", "error_type", "num_generated_tokens")
 
 
 @dataclass(slots=True)
@@ -44,6 +49,12 @@ def audit(output_dir: Path) -> Audit:
     found = Audit(plan.num_records)
     prefix = str(plan.settings.get("write.prefix", ""))
     files = dict(shard_files(output_dir / "data"))
+    known = set(files.values())
+    schema = None
+    try:
+        schema = _schema(plan, read_inputs(output_dir, plan).columns)
+    except RunFailed as problem:
+        found.problems.append(str(problem))
     ids = _Ids()
     missing = []
     for number in range(plan.num_shards):
@@ -52,7 +63,7 @@ def audit(output_dir: Path) -> Audit:
             missing.append(number)
             continue
         try:
-            _audit_shard(found, plan, plan.shard(number), path, prefix, ids)
+            _audit_shard(found, plan, plan.shard(number), path, prefix, schema, ids)
         except RunFailed as problem:
             found.problems.append(str(problem))
     if missing:
@@ -60,8 +71,11 @@ def audit(output_dir: Path) -> Audit:
         found.problems.append(f"{len(missing)} shards ({rows:,} rows) are missing: {_examples(missing)}")
     for number, path in files.items():
         found.problems.append(f"{path}: the plan has only {plan.num_shards} shards; number {number} belongs to no row")
-    if ids.doubled:
-        found.problems.append(f"{len(ids.doubled)} ids stand in more than one row: {_examples(ids.doubled)}")
+    for path in sorted((output_dir / "data").glob("*.parquet")):
+        if path not in known:
+            found.problems.append(f"{path} is no shard of this run, but whoever reads data/*.parquet reads it too")
+    if doubled := ids.doubled():
+        found.problems.append(f"{len(doubled)} ids stand in more than one row: {_examples(doubled, '; ')}")
     return found
 
 
@@ -77,26 +91,57 @@ def audit_lines(output_dir: Path, found: Audit) -> Iterator[str]:
 
 
 class _Ids:
-    """Ids seen so far, as hashes: a million of them in a few ten megabytes."""
+    """Ids seen so far, as hashes of eight bytes: sixteen megabytes for a million rows."""
 
     def __init__(self) -> None:
-        self._row_of: dict[bytes, int] = {}
-        self.doubled: list[str] = []
+        self._hashes, self._rows = array("Q"), array("q")
 
-    def add(self, name: str, row_index: int) -> None:
-        key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-        if self._row_of.setdefault(key, row_index) != row_index:
-            self.doubled.append(name)
+    def add(self, names: Sequence[str], rows: Sequence[int]) -> None:
+        """The ids of a shard's records; those of one row count once."""
+        for name, row in dict.fromkeys(zip(names, rows, strict=True)):
+            digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            self._hashes.append(int.from_bytes(digest, "little"))
+            self._rows.append(row)
+
+    def doubled(self) -> list[str]:
+        """The rows that share each id of more than one row."""
+        types = {"id": (pa.uint64(), self._hashes), "row": (pa.int64(), self._rows)}
+        table = pa.table(
+            {
+                name: pa.Array.from_buffers(type_, len(values), [None, pa.py_buffer(values)])
+                for name, (type_, values) in types.items()
+            }
+        )
+        counts = table.group_by("id").aggregate([("row", "count")])
+        counts = counts.filter(pc.greater(counts["row_count"], 1))
+        shared = table.filter(pc.is_in(table["id"], counts["id"])).group_by("id").aggregate([("row", "list")])
+        return sorted("rows " + " and ".join(map(str, rows)) for rows in shared["row_list"].to_pylist())
 
 
-def _audit_shard(found: Audit, plan: Plan, shard: Shard, path: Path, prefix: str, ids: _Ids) -> None:
+def _schema(plan: Plan, columns: pa.Schema) -> pa.Schema:
+    """The columns that every shard of the plan has."""
+    settings = plan.settings
+    options = WriteConfig(
+        prefix=settings.get("write.prefix", ""), response_column=settings.get("write.response_column", "response")
+    )
+    keep, id_column = settings.get("dataset.columns"), settings.get("dataset.id_column")
+    return output_schema(options, columns, keep, id_column).published
+
+
+def _audit_shard(
+    found: Audit, plan: Plan, shard: Shard, path: Path, prefix: str, schema: pa.Schema | None, ids: _Ids
+) -> None:
     summary = shard_summary(path)
     if summary is None or summary.plan_id != plan.plan_id:
         found.problems.append(f"{path} does not carry this plan's id; running again replaces it")
         return
     table = read_shard(path)
-    names = [prefix + name for name in ("row_index", "prompt_name", "sample_index")]
-    keys = list(zip(*(table[name].to_pylist() for name in names), strict=True))
+    if absent := [prefix + name for name in _NEEDED if prefix + name not in table.schema.names]:
+        found.problems.append(f"{path}: the columns {absent} are missing")
+        return
+    if schema is not None and not table.schema.equals(schema):
+        found.problems.append(f"{path}: its columns are not those of the plan")
+    keys = list(zip(*(table[prefix + name].to_pylist() for name in _KEY), strict=True))
     wanted = {
         (row, name, sample)
         for row in range(shard.start, shard.stop)
@@ -114,18 +159,24 @@ def _audit_shard(found: Audit, plan: Plan, shard: Shard, path: Path, prefix: str
     places = [(row, order.get(name, -1), sample) for row, name, sample in keys]
     if places != sorted(places):
         found.problems.append(f"{path}: the records are not in input order")
-    num_errors = pc.sum(pc.equal(table[prefix + "status"], "error")).as_py() or 0
-    if (summary.num_rows, summary.num_errors) != (len(keys), num_errors):
-        found.problems.append(
-            f"{path}: the footer counts {summary.num_rows} records and {summary.num_errors} errors, "
-            f"the file has {len(keys)} and {num_errors}"
-        )
+    kinds = zip(*(table[prefix + name].to_pylist() for name in ("status", "error_stage", "error_type")), strict=True)
+    errors = Counter(f"{stage}/{kind}" for status, stage, kind in kinds if status == "error")
+    num_errors = errors.total()
+    num_tokens = pc.sum(table[prefix + "num_generated_tokens"]).as_py() or 0
+    if summary.shard != shard.number:
+        found.problems.append(f"{path}: the footer says that it is shard {summary.shard}")
+    for what, counted, there in (
+        ("records", summary.num_rows, len(keys)),
+        ("errors", (summary.num_errors, dict(summary.errors)), (num_errors, dict(errors))),
+        ("generated tokens", summary.num_generated_tokens, num_tokens),
+    ):
+        if counted != there:
+            found.problems.append(f"{path}: the footer counts {counted} {what}, the file has {there}")
     found.num_errors += num_errors
     found.num_ok += len(keys) - num_errors
-    for name, row_index in zip(table[prefix + "id"].to_pylist(), table[prefix + "row_index"].to_pylist(), strict=True):
-        ids.add(name, row_index)
+    ids.add(table[prefix + "id"].to_pylist(), table[prefix + "row_index"].to_pylist())
 
 
-def _examples(values: list[object] | list[int] | list[str] | list[tuple[int, str, int]]) -> str:
-    shown = ", ".join(str(value) for value in values[:_MAX_EXAMPLES])
+def _examples(values: Sequence[object], separator: str = ", ") -> str:
+    shown = separator.join(str(value) for value in values[:_MAX_EXAMPLES])
     return shown + (" ..." if len(values) > _MAX_EXAMPLES else "")

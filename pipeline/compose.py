@@ -13,15 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Sweep
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from pipeline.config import RunConfig, register_schemas
 from pipeline.errors import UsageError
@@ -49,14 +54,20 @@ def compose(words: Sequence[str], *, config_dir: str | None = None) -> Composed:
             is not set.
     """
     tree = _tree(words, config_dir)
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise UsageError(f"{missing[0]} is not set. Give it on the command line: {missing[0]}=...")
     try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise UsageError(f"{missing[0]} is not set. Give it on the command line: {missing[0]}=...")
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as problem:
         raise UsageError(_sentence(problem)) from None
     assert isinstance(config, RunConfig)
+    for entry in fields(config):
+        if getattr(getattr(config, entry.name), "kind", None) == "":  # the bare base class
+            raise UsageError(
+                f"{entry.name}: the chosen YAML file does not say which options it sets. Its first line has to be "
+                f"'defaults: [CHOICE_schema, _self_]', where CHOICE is one of {', '.join(choices()[entry.name])}."
+            )
     return Composed(config, OmegaConf.to_yaml(tree, resolve=True))
 
 
@@ -81,14 +92,12 @@ def _tree(words: Sequence[str], config_dir: str | None) -> DictConfig:
     with _hydra(config_dir):
         groups = []
         for key, value in pairs:
-            if key in _GROUPS:
-                _check_choice(key, value)
+            if key in _GROUPS and (key, value) != ("experiment", "null"):
+                _check_choice(key, value, config_dir)
                 groups.append(f"{key}={value}")
-        if config_dir is not None:
-            groups.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
         try:
             tree = hydra_compose("run", overrides=groups)
-        except (HydraException, OmegaConfBaseException) as problem:
+        except (HydraException, OmegaConfBaseException, YAMLError) as problem:
             raise UsageError(_sentence(problem)) from None
     for key, value in pairs:
         if key not in _GROUPS:
@@ -112,24 +121,30 @@ def _options(group: str) -> list[str]:
     return sorted(name for name in found if not name.endswith("_schema"))
 
 
-def _check_choice(group: str, value: str) -> None:
+def _check_choice(group: str, value: str, config_dir: str | None) -> None:
     if "," in value:
         raise UsageError(f"{group}={value}: one choice at a time; multirun is not supported.")
     found = _options(group)
-    if value not in found and value != "null":
+    if value not in found:
         raise UsageError(
             f"{group}={value}: there is no such choice.{_nearest(value, found)} Choices: {', '.join(found)}."
         )
+    file = f"{group}/{value}.yaml"
+    if config_dir is not None and (CONFIG_DIR / file).exists() and (own := Path(config_dir, file)).exists():
+        raise UsageError(f"{own} has the name of a choice that comes with the program; give it another name.")
 
 
 def _set(tree: DictConfig, key: str, text: str) -> None:
     known = list(_keys(tree))
     parent, name = _parent(tree, key)
     open_ended = isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent))
-    if key not in known and not (open_ended and parent is not None and key.rpartition(".")[0] in known):
+    new_entry = open_ended and key.rpartition(".")[0] in known and re.fullmatch(r"[^\[\]]+", name) is not None
+    if key not in known and not new_entry:
         raise UsageError(f"there is no key {key!r}.{_nearest(key, [*known, *_GROUPS])} See vlm-batch run --help.")
     try:
-        OmegaConf.update(tree, key, _value(parent, name, key, text), merge=False, force_add=open_ended)
+        value = _value(parent, name, key, text)
+        # A list is merged, which replaces it and makes records of its entries; a dict would keep entries of before.
+        OmegaConf.update(tree, key, value, merge=isinstance(value, list), force_add=open_ended)
     except OmegaConfBaseException as problem:
         raise UsageError(f"{key}={text}: {_sentence(problem)}") from None
 
@@ -145,7 +160,11 @@ def _value(parent: Any, name: str, key: str, text: str) -> Any:
     except HydraException as problem:
         raise UsageError(f"{key}={text}: not a value this key can take ({_sentence(problem)}).") from None
     if getattr(kind, "__origin__", kind) is list and not isinstance(parsed, list) and parsed is not None:
-        return [_literal(text)]  # stop=END means stop=[END]
+        return [_literal(text)] if text else []  # stop=END means stop=[END]
+    if isinstance(parsed, (Sweep, Glob)):
+        raise UsageError(f"{key}={text}: one value at a time. Put quotes around text with a comma: '\"{text}\"'.")
+    if isinstance(parsed, str) and "${" in parsed and kind is not Any:
+        raise UsageError(f"{key}={text}: expected a value; names of other keys are not looked up.")
     return _literal_leaves(parsed)
 
 
@@ -217,7 +236,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _sentence(problem: Exception) -> str:
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    # Hydra wraps what OmegaConf's grammar says into an exception without words.
+    text = str(problem) or f"{problem.__cause__ or problem.__context__ or type(problem).__name__}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
 
 
@@ -228,5 +249,17 @@ def _hydra(config_dir: str | None) -> Iterator[None]:
         raise UsageError(f"--config-dir {config_dir}: no such folder.")
     GlobalHydra.instance().clear()
     register_schemas()
+    Plugins.instance().register(_UserConfigs)
+    _UserConfigs.folder = config_dir
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         yield
+
+
+class _UserConfigs(SearchPathPlugin):
+    """Adds the folder of --config-dir. Not hydra.searchpath: that is unknown when the choices are listed."""
+
+    folder: ClassVar[str | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            search_path.append("config-dir", f"file://{Path(self.folder).resolve()}")

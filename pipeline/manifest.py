@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.errors import RunFailed
 from pipeline.plan import Plan
+from pipeline.write.file import replace_file
 from pipeline.write.shard import published_shards
 
 
 def write_manifest(output_dir: Path, plan: Plan) -> bool:
-    """Write the manifest and clear away work/ once every shard is published; False while some are not."""
+    """Write the manifest and clear away work/ once every shard is published; False while some are not.
+
+    Raises:
+        RunFailed: the manifest could not be written.
+    """
     shards = published_shards(output_dir / "data", plan.plan_id)
     if len(shards) < plan.num_shards:
         return False
@@ -37,12 +41,20 @@ def write_manifest(output_dir: Path, plan: Plan) -> bool:
         "errors": dict(errors.most_common()),
         "num_generated_tokens": sum(summary.num_generated_tokens for summary in shards.values()),
     }
-    path = output_dir / "manifest.json"
-    beside = path.with_name(f"manifest.{uuid.uuid4().hex}.tmp")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(beside, path)
-    for stray in (output_dir / "work").glob("part-*"):
+    path, work_dir = output_dir / "manifest.json", output_dir / "work"
+    text = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace")
+    try:
+        if not _holds(path, text):
+            replace_file(path, text, beside=work_dir)
+    except OSError as problem:
+        if not _holds(path, text):  # else another worker wrote the same and cleared work/ away under our hands
+            raise RunFailed(f"{path} cannot be written: {problem}.") from problem
+    for stray in (*work_dir.glob("part-*"), *work_dir.glob("*.tmp")):
         stray.unlink(missing_ok=True)  # of attempts that were killed; every shard is published
     with suppress(OSError):  # another worker may still be closing, or somebody keeps notes there
-        (output_dir / "work").rmdir()
+        work_dir.rmdir()
     return True
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content

@@ -3,7 +3,8 @@
     OUTPUT_DIR/plan.json            small: plan_id, settings and their fingerprint, counts, versions
     OUTPUT_DIR/plan/inputs.parquet  the source's files in order, with sizes and row counts (dataset.base.FILES_SCHEMA)
 
-plan.json appears by an exclusive create: of two first starts one wins, and the other obeys its plan. A later start
+plan.json appears by an exclusive create: of two first starts one wins, and the other obeys its plan. The inputs follow
+it and carry the hash that it names, so that whoever finds them missing may scan again and put them there. A later start
 compares its settings with the plan's and reads nothing of the source to do so.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ import pyarrow.parquet as pq
 from pipeline.dataset.base import Inputs
 from pipeline.errors import RunFailed, SettingsChanged, UsageError
 from pipeline.records import Shard
+from pipeline.write.file import create_file, prove_writable, replace_file
 from pipeline.write.schema import SCHEMA_VERSION
-from pipeline.write.shard import shard_files
+from pipeline.write.shard import published_shards, shard_files
 
 PLAN_FILE, INPUTS_FILE = "plan.json", "plan/inputs.parquet"
 # Where something lies says nothing about what it is: source and model are compared by what is in them.
@@ -51,10 +54,10 @@ class Plan:
     shard_rows: int
     prompt_names: tuple[str, ...]
     num_samples: int
+    root: str  # where the source lies; a start that finds it elsewhere goes by what it found
     inputs_sha256: str  # of plan/inputs.parquet
     created: str  # UTC
     versions: Mapping[str, str]
-    schema_version: int = SCHEMA_VERSION
 
     @property
     def num_shards(self) -> int:
@@ -100,13 +103,15 @@ def read_plan(output_dir: Path) -> Plan | None:
     """The plan of an output folder; None where there is none.
 
     Raises:
-        RunFailed: plan.json is there and is not a plan.
+        RunFailed: plan.json is there and is not a plan, or cannot be read.
     """
     path = output_dir / PLAN_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as problem:
+        raise RunFailed(f"{path} cannot be read: {problem}.") from problem
     try:
         fields = json.loads(text)
         return Plan(**fields | {"prompt_names": tuple(fields["prompt_names"])})
@@ -131,7 +136,7 @@ def read_inputs(output_dir: Path, plan: Plan) -> Inputs:
     files = pq.read_table(path)
     header = json.loads(files.schema.metadata[b"vlm_batch_inputs"])
     columns = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(header["columns"])))
-    return Inputs(header["root"], files.replace_schema_metadata(None), columns, header["revision"])
+    return Inputs(plan.root, files.replace_schema_metadata(None), columns, header["revision"])
 
 
 def open_plan(
@@ -150,21 +155,33 @@ def open_plan(
 
     Raises:
         SettingsChanged: the folder was planned with other settings; nothing was touched.
-        UsageError: the folder holds shards but no plan.
+        UsageError: the folder holds shards but no plan, or nothing is asked about a row; nothing was touched.
         RunFailed: the folder cannot be written.
     """
+    if min(shard_rows, num_samples, len(prompt_names)) < 1:
+        raise UsageError(
+            f"write.shard_rows={shard_rows}, generation.n={num_samples}, {len(prompt_names)} prompts: each must be at "
+            "least 1."
+        )
+    settings = dict(settings) | {"schema_version": SCHEMA_VERSION}
     if plan := read_plan(output_dir):
-        refuse_changes(output_dir, plan, settings, scan, max_rows)
-        return plan
+        found = refuse_changes(output_dir, plan, settings, scan, max_rows)
+        if not (output_dir / INPUTS_FILE).exists():  # the first start was killed between the two files
+            _place_inputs(output_dir, plan, _inputs_content(found or scan()))
+        return plan if found is None else replace(plan, root=found.root)
     if next(shard_files(output_dir / "data"), None):
         raise UsageError(
             f"{output_dir} holds shards but no {PLAN_FILE}. Restore {PLAN_FILE}, or choose another output_dir."
         )
-    make_folders(output_dir)
+    try:
+        prove_writable(output_dir)  # before a scan that may take minutes
+    except OSError as problem:
+        raise _unwritable(output_dir, problem) from problem
     inputs = scan()
+    make_folders(output_dir)
     identity = source_identity(inputs, max_rows)
-    settings = dict(settings) | identity
-    inputs_sha256 = _write_inputs(output_dir, inputs)
+    settings |= identity
+    content = _inputs_content(inputs)
     plan = Plan(
         plan_id=uuid.uuid4().hex,  # never from a clock: jobs start in the same second
         fingerprint=fingerprint(settings),
@@ -173,37 +190,48 @@ def open_plan(
         shard_rows=shard_rows,
         prompt_names=tuple(prompt_names),
         num_samples=num_samples,
-        inputs_sha256=inputs_sha256,
+        root=inputs.root,
+        inputs_sha256=hashlib.sha256(content).hexdigest(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         versions=versions(),
     )
-    if not _create(output_dir / PLAN_FILE, json.dumps(asdict(plan), indent=1).encode()):
+    try:
+        won = create_file(
+            output_dir / PLAN_FILE, json.dumps(asdict(plan), indent=1).encode(), beside=output_dir / "work"
+        )
+    except OSError as problem:
+        raise _unwritable(output_dir, problem) from problem
+    if not won:
         plan = read_plan(output_dir) or plan  # another first start was quicker: its plan holds
-        refuse_changes(output_dir, plan, settings, scan, max_rows)
+        refuse_changes(output_dir, plan, settings, lambda: inputs, max_rows)
+        plan = replace(plan, root=inputs.root)
+    _place_inputs(output_dir, plan, content)
     return plan
 
 
 def refuse_changes(
     output_dir: Path, plan: Plan, settings: Settings, scan: Callable[[], Inputs], max_rows: int | None
-) -> None:
+) -> Inputs | None:
     """Compare the settings of a start with the plan's.
+
+    Returns:
+        What a scan found, if the source lies elsewhere than it did for the plan.
 
     Raises:
         SettingsChanged: field by field what differs, and the ways out.
     """
-    now = dict(settings)
-    if now.get(SOURCE) == plan.settings.get(SOURCE):
+    now, found = dict(settings), None
+    if now.get(SOURCE) == plan.settings.get(SOURCE) and not _source_is_gone(output_dir, plan):
         now |= {name: value for name, value in plan.settings.items() if name not in now and name.startswith("dataset.")}
     else:
-        now |= source_identity(scan(), max_rows)
+        found = scan()
+        now |= source_identity(found, max_rows)
     names = sorted(set(now) | set(plan.settings))
     changed = [name for name in names if now.get(name) != plan.settings.get(name)]
     if not set(changed) - set(LOCATIONS):
-        return
+        return found
     width = max(map(len, changed))
-    lines = [
-        f"  {name:{width}}  was {_shown(plan.settings.get(name))}, now {_shown(now.get(name))}" for name in changed
-    ]
+    lines = [f"  {name:{width}}  {_difference(plan.settings.get(name), now.get(name))}" for name in changed]
     raise SettingsChanged(
         f"{output_dir} was planned with other settings; answers of two settings would mix:\n"
         + "\n".join(lines)
@@ -218,14 +246,11 @@ def make_folders(output_dir: Path) -> None:
         RunFailed: it cannot be made or written.
     """
     try:
-        for folder in (output_dir, output_dir / "plan", output_dir / "data", output_dir / "work", output_dir / "stats"):
-            folder.mkdir(parents=True, exist_ok=True)
         for name in ("plan", "data", "work", "stats"):
-            probe = output_dir / name / f".probe-{uuid.uuid4().hex}"
-            probe.touch(exist_ok=False)
-            probe.unlink()
+            (output_dir / name).mkdir(parents=True, exist_ok=True)
+            prove_writable(output_dir / name)
     except OSError as problem:
-        raise RunFailed(f"output_dir {output_dir} cannot be written: {problem}. Choose a writable folder.") from problem
+        raise _unwritable(output_dir, problem) from problem
 
 
 def versions() -> dict[str, str]:
@@ -239,45 +264,37 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write_inputs(output_dir: Path, inputs: Inputs) -> str:
+def _inputs_content(inputs: Inputs) -> bytes:
+    """The bytes of plan/inputs.parquet: the same for the same source, wherever it lies."""
     columns = base64.b64encode(inputs.columns.serialize().to_pybytes()).decode()
-    header = json.dumps({"root": inputs.root, "revision": inputs.revision, "columns": columns})
+    header = json.dumps({"revision": inputs.revision, "columns": columns})
+    sink = pa.BufferOutputStream()
     files = inputs.files.replace_schema_metadata({b"vlm_batch_inputs": header.encode()})
-    final = output_dir / INPUTS_FILE
-    beside = final.with_name(f"inputs.{uuid.uuid4().hex}.tmp")
+    pq.write_table(files, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue())
+
+
+def _place_inputs(output_dir: Path, plan: Plan, content: bytes) -> None:
+    """Put plan/inputs.parquet in its place, if it is not there and is the one that the plan names."""
+    path = output_dir / INPUTS_FILE
+    if path.exists() or hashlib.sha256(content).hexdigest() != plan.inputs_sha256:
+        return
     try:
-        with open(beside, "xb") as file:
-            pq.write_table(files, file, compression="zstd", write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = _sha256(beside)
-        # Without a plan.json what lies here is a start that was killed, or one that races us with the same source: the
-        # plan names the hash of its inputs, so a mix of two starts is refused and never read.
-        if not final.exists() or _sha256(final) != digest:
-            os.replace(beside, final)
-        return digest
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, content, beside=output_dir / "work")  # who else does this now has the same bytes
     except OSError as problem:
-        raise RunFailed(f"{final} cannot be written: {problem}.") from problem
-    finally:
-        beside.unlink(missing_ok=True)
+        raise _unwritable(output_dir, problem) from problem
 
 
-def _create(path: Path, content: bytes) -> bool:
-    """Publish a small file under a name that must not exist; False if another process was quicker."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(beside, path)
-        return True
-    except FileExistsError:
+def _source_is_gone(output_dir: Path, plan: Plan) -> bool:
+    """Whether rows are still to be read from a folder that is not there any more, relative paths and moves included."""
+    if "://" in plan.root or os.path.exists(plan.root):
         return False
-    except OSError as problem:
-        raise RunFailed(f"{path} cannot be written: {problem}.") from problem
-    finally:
-        beside.unlink(missing_ok=True)
+    return len(published_shards(output_dir / "data", plan.plan_id)) < plan.num_shards
+
+
+def _unwritable(output_dir: Path, problem: OSError) -> RunFailed:
+    return RunFailed(f"output_dir {output_dir} cannot be written: {problem}. Choose a writable folder, or make room.")
 
 
 def _sha256(path: Path) -> str:
@@ -285,6 +302,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _difference(was: Any, now: Any) -> str:
+    """Two values as JSON; long ones from shortly before the first place where they differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in (was, now)]
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    start = max(0, same - 20)
+    if max(map(len, texts)) > 80 and start:
+        texts = ["..." + text[start:] for text in texts]
+    texts = [text if len(text) <= 80 else text[:77] + "..." for text in texts]
+    return "was {}, now {}".format(*texts)

@@ -35,6 +35,7 @@ class PreparationOptions:
     processor: ProcessorSource
     fingerprint: str
     max_image_pixels: int
+    allow_urls: bool
     max_new_tokens: int
     max_new_tokens_column: str | None
 
@@ -53,32 +54,25 @@ class Preparation:
             if row.fault is not None:
                 raise RowFault(row.fault.stage, row.fault.kind, row.fault.message)
             cap = self._cap(row)
-            prompts = {prompt.prompt_name: prompt for prompt in self._options.template.prompts(row)}
         except RowFault as fault:
             return errors(task, fault)
-        opened: dict[ImageRef, OpenedImage] = {}  # K prompts about one image open it once
+        images = _Images(self._options)
         results: list[EncodedSample | Answer] = []
         for name in dict.fromkeys(key.prompt_name for key in task.keys):
             keys = [key for key in task.keys if key.prompt_name == name]
-            results += self._prepared(row, prompts[name], keys, opened, cap)
+            results += self._prepared(row, keys, images, cap)
         return results
 
     def _prepared(
-        self,
-        row: Row,
-        prompt: Prompt,
-        keys: Sequence[RecordKey],
-        opened: dict[ImageRef, OpenedImage],
-        cap: int | None,
+        self, row: Row, keys: Sequence[RecordKey], images: _Images, cap: int | None
     ) -> list[EncodedSample | Answer]:
-        facts = PromptFacts(prompt=prompt.text, num_images=len(prompt.images), warnings=prompt.warnings)
+        facts = PromptFacts(num_images=len(row.images))
         try:
-            for ref in prompt.images:
-                if ref not in opened:
-                    opened[ref] = open_image(ref, max_image_pixels=self._options.max_image_pixels)
-            images = [opened[ref] for ref in prompt.images]
-            facts = self._image_facts(facts, prompt, images)
-            encoded = self._processor.encode(prompt.messages, [image.image for image in images])
+            prompt = self._options.template.prompt(row, keys[0].prompt_name)
+            facts = PromptFacts(prompt=prompt.text, num_images=len(prompt.images), warnings=prompt.warnings)
+            opened = [images.open(ref) for ref in prompt.images]
+            facts = self._image_facts(facts, prompt, opened)
+            encoded = self._processor.encode(prompt.messages, [image.image for image in opened])
         except RowFault as fault:
             return [_error(row, key, facts, fault) for key in keys]
         except MemoryError:
@@ -123,6 +117,27 @@ class Preparation:
         if self._options.processor.max_tokens is not None:
             limits.append(self._options.processor.max_tokens - num_prompt_tokens)
         return min(limits)
+
+
+class _Images:
+    """The images of one row: K prompts about one image open it once, and fail on it once."""
+
+    def __init__(self, options: PreparationOptions) -> None:
+        self._options = options
+        self._opened: dict[ImageRef, OpenedImage | RowFault] = {}
+
+    def open(self, ref: ImageRef) -> OpenedImage:
+        if ref not in self._opened:
+            try:
+                self._opened[ref] = open_image(
+                    ref, max_image_pixels=self._options.max_image_pixels, allow_urls=self._options.allow_urls
+                )
+            except RowFault as fault:
+                self._opened[ref] = fault
+        found = self._opened[ref]
+        if isinstance(found, RowFault):
+            raise found
+        return found
 
 
 def errors(task: Task, fault: RowFault) -> list[EncodedSample | Answer]:

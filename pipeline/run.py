@@ -167,6 +167,7 @@ def workers(
         ),
         fingerprint=plan.fingerprint,
         max_image_pixels=config.prompt.max_image_pixels,
+        allow_urls=config.dataset.allow_urls,
         max_new_tokens=config.generation.max_new_tokens,
         max_new_tokens_column=config.generation.max_new_tokens_column,
     )

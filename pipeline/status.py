@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Status:
     plan: Plan
     num_shards_done: int
     num_published: int  # records in published shards
-    num_journalled: int  # records in journals, about: two attempts may have answered the same one
+    num_journalled: int  # records in journals of other shards, about: two attempts may have answered the same one
     errors: Mapping[str, int] = field(default_factory=dict)  # published ones by "stage/type"
     workers: tuple[Mapping[str, Any], ...] = ()  # of this plan, newest first
 
@@ -63,7 +63,7 @@ def read_status(output_dir: Path) -> Status:
         plan=plan,
         num_shards_done=len(shards),
         num_published=sum(summary.num_rows for summary in shards.values()),
-        num_journalled=sum(count_journal_rows(path) for path in (output_dir / "work").glob("part-*.journal")),
+        num_journalled=sum(_journalled(output_dir, plan, done=shards.keys())),
         errors=dict(errors.most_common()),
         workers=tuple(sorted(_workers(output_dir, plan), key=lambda worker: -worker["started"])),
     )
@@ -90,6 +90,14 @@ def status_lines(output_dir: Path, status: Status) -> Iterator[str]:
     rate = sum(worker["rows_per_second"] for worker in running)
     left = duration((plan.num_records - status.num_done) / rate) if rate else "unknown time"
     yield f"state    running, {len(running)} worker{'s' if len(running) > 1 else ''}, {rate:.1f} rows/s, {left} left"
+
+
+def _journalled(output_dir: Path, plan: Plan, done: Collection[int]) -> Iterator[int]:
+    """Records of each journal whose shard is not published: what a killed worker left beside a shard counts once."""
+    names = {plan.shard(number).name for number in done}
+    for path in (output_dir / "work").glob("part-*.journal"):
+        if path.name.partition(".")[0] not in names:
+            yield count_journal_rows(path, plan_id=plan.plan_id)
 
 
 def _workers(output_dir: Path, plan: Plan) -> Iterator[Mapping[str, Any]]:

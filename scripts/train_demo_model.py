@@ -81,7 +81,7 @@ language: en
 # Demo: a toy that reads handwritten digits
 
 A vision-language model of {num_parameters:,} parameters that answers questions about small pictures of handwritten
-digits: which digits they show, how many, the first, the last, their sum, a short or a long description, and which of
+digits: which digits they show, how many, the first, the last, the largest, a short or a long description, and which of
 two pictures shows more. It is there so that a pipeline can be tried and tested without a download, with answers that
 are right or wrong. It knows nothing else, and it is not meant to read anybody's real handwriting.
 
@@ -194,10 +194,10 @@ def lesson(digits: Digits, rng: np.random.Generator, easy: bool = False) -> Less
 
     easy: short questions about one picture only.
     """
+    tasks = EASY_TASKS if easy else tuple(TASKS)
+    start = example(digits, rng, tasks[rng.integers(len(tasks))], distort=True)
     if easy:
-        start = example(digits, rng, EASY_TASKS[rng.integers(len(EASY_TASKS))])
         return start.images, conversation(start.images, start.question, start.answer)
-    start = example(digits, rng)
     exchanges = [start]
     if rng.random() < SECOND_QUESTION_ODDS:
         exchanges.append(another(start, rng))

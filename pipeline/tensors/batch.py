@@ -64,7 +64,7 @@ class Batcher:
             yield group
 
     def collate(self, group: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
-        """One batch: what runs along the tokens is padded on the left, everything else on the right, with zeros.
+        """One batch: the token dimension is padded on the left, all others on the right, with zeros.
 
         A processor called with one sample returns [1, ...] for what it keeps per sample (input_ids, the images of
         Idefics) and [images, ...] or [patches, ...] for what it lists; joining along the first dimension is right for
@@ -79,7 +79,7 @@ class Batcher:
             if all(_along_tokens(sample, name) for sample in group):
                 fill = self.pad_id if name == "input_ids" else 0
                 arrays = [_padded_left(array, num_tokens, fill) for array in arrays]
-            elif len({array.shape[1:] for array in arrays}) > 1:
+            if len({array.shape[1:] for array in arrays}) > 1:
                 shape = np.max([array.shape[1:] for array in arrays], axis=0)
                 arrays = [_padded_right(array, shape) for array in arrays]
             batch[name] = torch.from_numpy(np.concatenate(arrays))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from pipeline.errors import RowFault, RunFailed
 from pipeline.records import Stage
 
@@ -15,6 +17,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Turn = Mapping[str, Any]
+
+# What processors and chat templates were seen to raise on a row they do not like: an image of 1 x 5000 divides by zero,
+# a template raises an error of its own where roles do not alternate.
+_ROW_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +88,7 @@ class Processor:
         try:
             text = self.text(messages, warnings)
             batch = self._call(text, images)
-        except (ValueError, TypeError, IndexError, KeyError, OverflowError, RuntimeError, MemoryError) as problem:
+        except _ROW_ERRORS as problem:
             raise RowFault(Stage.ENCODE, type(problem).__name__, str(problem) or "no message") from problem
         tensors = {name: tensor.numpy() for name, tensor in batch.items() if hasattr(tensor, "numpy")}
         input_ids = tensors["input_ids"]

@@ -29,10 +29,11 @@ class Ending:
 
     def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int], stop: Sequence[str], ignore_eos: bool) -> None:
         self._tokenizer = tokenizer
-        self._eos_ids = frozenset() if ignore_eos else frozenset(eos_ids)
+        self.eos_ids = frozenset() if ignore_eos else frozenset(eos_ids)
         self._stop = tuple(stop)
-        # A stop string of n characters lies in the last n tokens, one more for a token it begins in the middle of.
-        self._num_tail_tokens = max(map(len, self._stop), default=0) + 1
+        # A stop string of n bytes lies in the last n tokens (a token may be part of a character), one more for a token
+        # that it begins in the middle of.
+        self._num_tail_tokens = max((len(stop.encode()) for stop in self._stop), default=0) + 1
 
     def add(self, generation: Generation, token: int, *, finite: bool) -> None:
         """Give a generation its next token and end it where a rule says so."""
@@ -43,7 +44,7 @@ class Ending:
             generation.fault = Fault(Stage.GENERATE, "NonFiniteLogits", message)
             return
         generation.tokens.append(token)
-        if token in self._eos_ids or (self._stop and self._stops(generation)):
+        if token in self.eos_ids or (self._stop and self._stops(generation)):
             generation.finish_reason = FinishReason.STOP
         elif len(generation.tokens) >= generation.max_new_tokens:
             generation.finish_reason = FinishReason.LENGTH

@@ -18,7 +18,7 @@ from pipeline.vlm.options import Dtype, VlmConfig
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
 _NOT_MODEL = (".md", ".gitattributes", ".lock", ".msgpack", ".h5", ".onnx", ".gguf")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +108,17 @@ def _check_whole(folder: Path) -> None:
         listed = sorted(set((_json(index) or {}).get("weight_map", {}).values()))
         if missing := [name for name in listed if not (folder / name).is_file()]:
             raise RunFailed(f"{folder}: {index.name} lists {missing}, which are missing. Download the model again.")
-    weights = [path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file()]
+    weights = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not weights:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+        if pickled:
+            raise RunFailed(
+                f"{folder} has its weights only as {pickled}, whose loading may run code. Expected *.safetensors: "
+                "convert the model (load it where you trust it, then save_pretrained)."
+            )
         raise RunFailed(f"{folder} has no weights (*.safetensors). Download the model again.")
     for path in weights:
-        if path.suffix == ".safetensors":
-            _check_safetensors(path)
+        _check_safetensors(path)
 
 
 def _check_safetensors(path: Path) -> None:
@@ -126,9 +131,10 @@ def _check_safetensors(path: Path) -> None:
             raise RunFailed(f"{path} is cut off in its header ({size_bytes} bytes). Download it again.")
         try:
             header = json.loads(file.read(header_bytes))
-        except ValueError as problem:
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, LookupError, AttributeError) as problem:
             raise RunFailed(f"{path} has a damaged header ({problem}). Download it again.") from problem
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    end = max(ends, default=0)
     if size_bytes != 8 + header_bytes + end:
         raise RunFailed(
             f"{path} has {size_bytes} bytes, its header promises {8 + header_bytes + end}. Download it again."

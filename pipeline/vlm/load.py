@@ -64,9 +64,9 @@ def load_model(options: VlmConfig, identity: ModelIdentity, *, num_threads: int)
             trust_remote_code=options.trust_remote_code,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as problem:
+        model.eval().to(device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as problem:
         raise RunFailed(f"the model in {source} cannot be loaded: {problem}") from problem
-    model.eval().to(device)
     if device.type == "cpu":
         torch.set_num_threads(1 if model.num_parameters() < 20_000_000 else max(1, num_threads))
     return LoadedModel(
@@ -98,18 +98,33 @@ def _device(wanted: str) -> torch.device:
 def _with_attention(options: VlmConfig, device: torch.device, **arguments: Any) -> Any:
     wanted = options.attn_implementation
     if wanted is not Attention.auto:
-        return AutoModelForImageTextToText.from_pretrained(attn_implementation=wanted.value, **arguments)
+        return _whole(attn_implementation=wanted.value, **arguments)
     candidates = ["sdpa", "eager"]
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") and options.dtype is not Dtype.float32:
         candidates.insert(0, "flash_attention_2")
     for name in candidates:
         try:
-            return AutoModelForImageTextToText.from_pretrained(attn_implementation=name, **arguments)
+            return _whole(attn_implementation=name, **arguments)
         except (ValueError, ImportError) as problem:
             if name == candidates[-1]:
                 raise
             log.info("%s does not fit this model (%s); trying the next kernel", name, problem)
     raise AssertionError("unreachable")
+
+
+def _whole(**arguments: Any) -> Any:
+    """A model all of whose weights come from its files: transformers fills in random ones and only warns.
+
+    Raises:
+        RunFailed: the files lack some of the weights.
+    """
+    model, loading = AutoModelForImageTextToText.from_pretrained(output_loading_info=True, **arguments)
+    if missing := sorted(loading["missing_keys"]):
+        raise RunFailed(
+            f"the files in {arguments['pretrained_model_name_or_path']} lack {len(missing)} weights of the model: "
+            f"{missing[:3]} ... Download the model again, or save it whole."
+        )
+    return model
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -122,5 +122,5 @@ class Sampler:
         cumulative_BV = probability_BV.cumsum(-1)
         target_B1 = torch.from_numpy(uniform_B).to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
         place_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-        last_B1 = (probability_BV > 0).sum(-1, keepdim=True) - 1
+        last_B1 = ((probability_BV > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # a row of NaN has no probability
         return order_BV.gather(-1, torch.minimum(place_B1, last_B1))[:, 0]

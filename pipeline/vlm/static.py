@@ -2,7 +2,7 @@
 
 transformers prepares inputs and cache (`generate`), and calls our loop in place of its own (`custom_generate`). It
 drops finished rows from the batch with `Cache.reorder_cache`, so that a batch does not compute the tail of its slowest
-row for all of them. Encoder-decoders go through plain `generate`.
+row for all of them. Encoder-decoders keep transformers' loop, which asks our sampler for each token.
 
 Shapes: B rows in the batch, T prompt tokens with padding, V tokens of the vocabulary.
 """
@@ -95,7 +95,7 @@ class StaticEngine:
             found = (type(problem).__name__, str(problem).strip().split("\n")[0] or "no message")
             out_of_memory = _is_out_of_memory(problem)
         if out_of_memory:
-            self._shrink(len(generations))
+            self._shrink(generations)
         return found
 
     def _fresh(self, group: Sequence[EncodedSample]) -> list[Generation]:
@@ -122,18 +122,37 @@ class StaticEngine:
 
     def _plain(self, generations: list[Generation], batch: dict[str, torch.Tensor], settings: Any) -> None:
         """transformers' own loop, for models whose decoder takes other inputs than ours gives."""
-        tokens_BN = self._model.generate(**batch, generation_config=settings)[:, 1:].tolist()
-        for generation, tokens in zip(generations, tokens_BN, strict=True):
-            for token in tokens:
-                if not generation.done:
-                    self._ending.add(generation, token, finite=True)
+        settings.eos_token_id = list(self._ending.eos_ids) or None
+        choice = _Choice(self, generations)
+        self._model.generate(
+            **batch, generation_config=settings, logits_processor=[choice], stopping_criteria=[choice.ended]
+        )
 
-    def _shrink(self, num_rows: int) -> None:
+    def _choose(
+        self, generations: Sequence[Generation], logits_BV: torch.Tensor, seen_BV: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Give each generation its next token, and note it in `seen_BV`."""
+        samples, steps = [row.sample for row in generations], [len(row.tokens) for row in generations]
+        token_B, finite_B = self._sampler.choose(logits_BV, samples, steps, seen_BV)
+        if seen_BV is not None:
+            seen_BV.scatter_(1, token_B[:, None], True)
+        for row, token, finite in zip(generations, token_B.tolist(), finite_B.tolist(), strict=True):
+            if not row.done:  # a finished row may stay in the batch for some steps
+                self._ending.add(row, token, finite=finite)
+        if self._stop.expired and not all(row.done for row in generations):
+            raise Interrupted("the grace period ended while a batch was being answered")
+        return token_B
+
+    def _shrink(self, generations: Sequence[Generation]) -> None:
+        """Budgets of half the batch that did not fit."""
         self.counts.num_out_of_memory += 1
         self._num_calm_batches = 0
-        self._batcher.max_rows = max(1, num_rows // 2)
-        self._batcher.max_tokens = max(1, self._batcher.max_tokens // 2)
-        log.warning("out of memory with %d rows; batches shrink to %d rows", num_rows, self._batcher.max_rows)
+        num_rows = len(generations)
+        if num_rows > 1:  # a row that fits nowhere says nothing about the others
+            width = max(generation.sample.num_tokens + generation.max_new_tokens for generation in generations)
+            self._batcher.max_rows = num_rows // 2
+            self._batcher.max_tokens = min(self._batcher.max_tokens, num_rows * width) // 2
+            log.warning("out of memory with %d rows; batches shrink to %d rows", num_rows, self._batcher.max_rows)
         gc.collect()
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -172,12 +191,10 @@ class _Loop:
         position = _last_position(inputs, len(rows))
         seen_BV = _seen(input_ids, mask_BT, logits_BV) if engine._sampler.needs_history else None
         while True:
-            token_B = self._choose(rows, logits_BV, seen_BV)
+            token_B = engine._choose(rows, logits_BV, seen_BV)
             live = [place for place, row in enumerate(rows) if not row.done]
             if not live:
                 return input_ids
-            if engine._stop.expired:
-                raise Interrupted("the grace period ended while a batch was being answered")
             if len(live) <= _SHRINK_AT * len(rows):
                 keep = torch.tensor(live, device=token_B.device)
                 rows = [rows[place] for place in live]
@@ -195,16 +212,23 @@ class _Loop:
             engine.counts.num_decode_steps += 1
             engine.counts.num_decode_rows += len(rows)
 
-    def _choose(self, rows: list[Generation], logits_BV: torch.Tensor, seen_BV: torch.Tensor | None) -> torch.Tensor:
-        engine = self._engine
-        samples, steps = [row.sample for row in rows], [len(row.tokens) for row in rows]
-        token_B, finite_B = engine._sampler.choose(logits_BV, samples, steps, seen_BV)
-        if seen_BV is not None:
-            seen_BV.scatter_(1, token_B[:, None], True)
-        for row, token, finite in zip(rows, token_B.tolist(), finite_B.tolist(), strict=True):
-            if not row.done:  # a finished row may stay in the batch for some steps
-                engine._ending.add(row, token, finite=finite)
-        return token_B
+
+class _Choice:
+    """Our choice of tokens inside transformers' own loop: a logits processor that leaves it one token for each row."""
+
+    def __init__(self, engine: StaticEngine, generations: list[Generation]) -> None:
+        self._engine, self._generations = engine, generations
+        self._seen_BV: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._seen_BV is None and self._engine._sampler.needs_history:
+            self._seen_BV = torch.zeros_like(scores, dtype=torch.bool)  # the decoder's own tokens alone
+        token_B = self._engine._choose(self._generations, scores, self._seen_BV)
+        return torch.full_like(scores, -torch.inf).scatter(1, token_B[:, None], 0.0)
+
+    def ended(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Which rows need no further token."""
+        return torch.tensor([row.done for row in self._generations], device=input_ids.device)
 
 
 def _last_position(inputs: Mapping[str, Any], num_rows: int) -> torch.Tensor | None:
@@ -231,12 +255,18 @@ def _plain_settings(model: Any) -> Any:
         if hasattr(settings, name):
             setattr(settings, name, None)
     settings.do_sample = False
-    settings.num_beams = 1
+    settings.num_beams = settings.num_return_sequences = 1
+    settings.use_cache = True  # saved as False by many a training
+    settings.cache_implementation = None  # a cache of fixed size computes over all of it
+    settings.return_dict_in_generate = False
     return settings
 
 
 def _is_out_of_memory(problem: Exception) -> bool:
-    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(problem)
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(sign in str(problem) for sign in signs)
 
 
 def _is_fatal(problem: Exception) -> bool:

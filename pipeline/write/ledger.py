@@ -6,10 +6,14 @@
     ledger.close()            what is finished is on disk, what is not is left for the next start
 
 Journals are written by a thread of their own, so that a slow disk holds up the accelerator only when it fails.
+
+Two locks: `_lock` guards what is in memory and is held for moments; `_disk` is held by whoever writes, so that a record
+can be put down while a journal waits for its disk. Who needs both takes `_disk` first.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import Counter
@@ -22,11 +26,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import RunFailed
-from pipeline.records import Answer, Fault, RecordKey, Row, Shard, Stage
+from pipeline.records import Answer, RecordKey, Row, Shard
 from pipeline.tally import Tally
+from pipeline.write.columns import journal_batch
 from pipeline.write.journal import Journal, read_journal
 from pipeline.write.schema import OutputSchema, ShardSummary, journal_row
-from pipeline.write.shard import publish_shard
+from pipeline.write.shard import publish_shard, summary_of_plan
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +40,15 @@ log = logging.getLogger(__name__)
 class _OpenShard:
     shard: Shard
     num_expected: int
-    batches: list[pa.RecordBatch]  # on disk, in a journal
+    batches: list[pa.RecordBatch] = field(default_factory=list)  # on disk, in a journal
     pending: list[dict[str, Any]] = field(default_factory=list)  # not yet
     seen: set[RecordKey] = field(default_factory=set)
     journal: Journal | None = None
+
+    def close_journal(self) -> None:
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
 
 
 @dataclass(slots=True)
@@ -77,12 +87,13 @@ class Ledger:
         self._schema, self._journal_schema = schema, schema.journal
         self._plan_id, self._attempt_id = plan_id, attempt_id
         self._prompt_order = {name: number for number, name in enumerate(prompt_names)}
-        self._records_per_row = len(prompt_names) * num_samples
+        self._num_samples = num_samples
         self._constants, self._numerics, self._tally = constants, numerics, tally
         self._compression = compression
         self._open: dict[int, _OpenShard] = {}
         self._rows: dict[int, _ExpectedRow] = {}
-        self._lock = threading.Lock()
+        self._lock, self._disk = threading.Lock(), threading.Lock()
+        self._journal_numbers = itertools.count()
         self.num_published = 0  # shards that this worker finished, whether or not another was quicker
         self._failure: Exception | None = None
         self._closing = threading.Event()
@@ -90,23 +101,36 @@ class Ledger:
         self._syncer.start()
 
     def open(self, shard: Shard) -> frozenset[RecordKey]:
-        """Take a shard in work; the keys that journals of earlier attempts answer already.
+        """Take a shard in work; the keys that need no answer any more.
 
-        A shard whose last record stands in a journal is published here.
+        They stand in journals of earlier attempts, or another worker published the whole shard meanwhile. A shard whose
+        last record stands in a journal is published here.
+
+        Raises:
+            RunFailed: the shard could not be published, or a folder has its name.
         """
-        current = _OpenShard(shard, (shard.stop - shard.start) * self._records_per_row, [])
+        if self._final(shard).is_dir():
+            raise RunFailed(f"{self._final(shard)} is a folder where a shard has to be; move it away and run again.")
+        wanted = self._keys_of(shard)
+        current = _OpenShard(shard, len(wanted))
         errors: Counter[str] = Counter()
         for path in self._journals(shard):
-            for batch in read_journal(path, plan_id=self._plan_id, schema=self._journal_schema):
+            for batch in read_journal(path, plan_id=self._plan_id, shard=shard.number, schema=self._journal_schema):
                 fresh = [key not in current.seen for key in _keys(batch)]  # two attempts may have answered the same key
                 batch = batch.filter(pa.array(fresh, pa.bool_()))
                 current.batches.append(batch)
                 current.seen.update(_keys(batch))
                 errors.update(_errors(batch))
-        answered = frozenset(current.seen)
+        # Asked last: a worker that publishes removes the journals afterwards, so what is missing there is seen here.
+        if summary := summary_of_plan(self._final(shard), self._plan_id):
+            with self._lock:
+                self._tally.resume(summary.num_rows, summary.errors)
+                self.num_published += 1
+            return wanted
         with self._lock:
-            self._tally.resume(len(answered), errors)
+            self._tally.resume(len(current.seen), errors)
             self._open[shard.number] = current
+        answered = frozenset(current.seen)
         self._publish_if_complete(current)
         return answered
 
@@ -135,45 +159,79 @@ class Ledger:
             self._tally.add(f"{fault.stage}/{fault.kind}" if fault else None, answer.num_generated_tokens or 0)
         self._publish_if_complete(current)
 
+    def sync(self) -> None:
+        """Bring every pending answer into a journal, on disk.
+
+        Raises:
+            RunFailed: a journal could not be written.
+        """
+        with self._disk:
+            with self._lock:
+                in_work = list(self._open.values())
+            for current in in_work:
+                self._journal_pending(current)
+
+    def close(self) -> None:
+        """Stop the journal thread and put down what is finished.
+
+        Raises:
+            RunFailed: a journal could not be written.
+        """
+        self._closing.set()
+        self._syncer.join()
+        try:
+            self.sync()
+            self._raise_failure()
+        finally:
+            with self._disk, self._lock:
+                for current in self._open.values():
+                    current.close_journal()
+
+    def _journal_pending(self, current: _OpenShard) -> None:
+        with self._lock:
+            rows = list(current.pending)  # stay pending until the disk has them
+        if not rows:
+            return
+        batch, unfit = journal_batch(rows, self._schema)
+        try:
+            if current.journal is None:
+                name = f"{current.shard.name}.{self._attempt_id}-{next(self._journal_numbers)}.journal"
+                current.journal = Journal(self._work_dir / name, plan_id=self._plan_id, shard=current.shard.number)
+            current.journal.append(batch)
+        except OSError as problem:
+            current.close_journal()  # it may end in half a frame: a later try starts another file
+            if summary_of_plan(self._final(current.shard), self._plan_id):
+                return  # by another worker, which has cleared work/ away: nothing is lost
+            raise RunFailed(
+                f"the journals in {self._work_dir} cannot be written: {problem.strerror or problem}. What was synced "
+                "before is safe; make room or restore the folder and run the same command again."
+            ) from problem
+        with self._lock:
+            current.batches.append(batch)
+            del current.pending[: len(rows)]
+            self._tally.errors.update(unfit)
+
     def _publish_if_complete(self, current: _OpenShard) -> None:
         with self._lock:
             if len(current.seen) < current.num_expected:
                 return
-            del self._open[current.shard.number]
-        self._publish(current)
-
-    def sync(self) -> None:
-        """Bring every pending answer into a journal, on disk."""
-        with self._lock:
-            for current in self._open.values():
-                if not current.pending:
-                    continue
-                batch = self._batch(current.pending)
-                if current.journal is None:
-                    path = self._work_dir / f"{current.shard.name}.{self._attempt_id}.journal"
-                    current.journal = Journal(path, plan_id=self._plan_id, shard=current.shard.number)
-                current.journal.append(batch)
-                current.batches.append(batch)
-                current.pending.clear()
-
-    def close(self) -> None:
-        """Stop the journal thread and put down what is finished."""
-        self._closing.set()
-        self._syncer.join()
-        self._raise_failure()
-        try:
-            self.sync()
-        except OSError as problem:
-            raise self._unwritable(problem) from problem
-        finally:
-            for current in self._open.values():
-                if current.journal:
-                    current.journal.close()
+        with self._disk:
+            # Into the journal first: whatever becomes of the publication, the answers are on disk.
+            self._journal_pending(current)
+            self._publish(current)
+            with self._lock:
+                del self._open[current.shard.number]
+                self.num_published += 1
+            current.close_journal()
+            # Also those of other workers at this shard: they have nothing to add to it.
+            for path in self._journals(current.shard):
+                path.unlink(missing_ok=True)
 
     def _publish(self, current: _OpenShard) -> None:
         shard = current.shard
-        batches = [*current.batches, self._batch(current.pending)] if current.pending else current.batches
-        journal = self._sorted(pa.Table.from_batches(batches, self._journal_schema))
+        if current.pending:  # not journalled because another worker was quicker
+            return
+        journal = self._sorted(pa.Table.from_batches(current.batches, self._journal_schema))
         errors = _errors(journal)
         summary = ShardSummary(
             plan_id=self._plan_id,
@@ -187,42 +245,30 @@ class Ledger:
         won = publish_shard(
             self._schema.publish(journal, self._constants),
             summary,
-            final=self._data_dir / f"{shard.name}.parquet",
+            final=self._final(shard),
             attempt_path=self._work_dir / f"{shard.name}.{self._attempt_id}.parquet",
             compression=self._compression,
         )
-        with self._lock:
-            self.num_published += 1
         if not won:
             log.info("%s was published by another worker meanwhile; this copy is discarded", shard.name)
-        if current.journal:
-            current.journal.close()
-        for path in self._journals(shard):
-            path.unlink(missing_ok=True)
+
+    def _final(self, shard: Shard) -> Path:
+        return self._data_dir / f"{shard.name}.parquet"
+
+    def _keys_of(self, shard: Shard) -> frozenset[RecordKey]:
+        return frozenset(
+            RecordKey(row_index, name, sample_index)
+            for row_index in range(shard.start, shard.stop)
+            for name in self._prompt_order
+            for sample_index in range(self._num_samples)
+        )
 
     def _sorted(self, journal: pa.Table) -> pa.Table:
+        """In input order and in one piece, so that the file does not depend on when its answers came."""
         order = pa.array([self._prompt_order[name] for name in journal["prompt_name"].to_pylist()], pa.int32())
         keys = pa.table({"row": journal["row_index"], "prompt": order, "sample": journal["sample_index"]})
-        return journal.take(pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names]))
-
-    def _batch(self, rows: list[dict[str, Any]]) -> pa.RecordBatch:
-        try:
-            return pa.RecordBatch.from_pylist(rows, self._journal_schema)
-        except (pa.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError):
-            # One value does not fit its column (a lone surrogate, a type the scan never saw): find its row.
-            return pa.Table.from_batches([self._single(row) for row in rows]).combine_chunks().to_batches()[0]
-
-    def _single(self, row: dict[str, Any]) -> pa.RecordBatch:
-        cleaned = {name: _printable(value) if isinstance(value, str) else value for name, value in row.items()}
-        if cleaned != row:
-            cleaned["warnings"] = [*row["warnings"], "text cleaned: lone surrogates replaced"]
-        try:
-            return pa.RecordBatch.from_pylist([cleaned], self._journal_schema)
-        except (pa.ArrowException, ValueError, TypeError, OverflowError) as problem:
-            fault = Fault(Stage.WRITE, type(problem).__name__, _printable(str(problem)))
-            key = RecordKey(row["row_index"], row["prompt_name"], row["sample_index"])
-            bare = journal_row(Answer(key, cleaned["id"], fault=fault), {}, self._schema.inputs, row["attempt"])
-            return pa.RecordBatch.from_pylist([bare], self._journal_schema)
+        indices = pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names])
+        return journal.take(indices).combine_chunks()
 
     def _journals(self, shard: Shard) -> list[Path]:
         return sorted(self._work_dir.glob(f"{shard.name}.*.journal"))
@@ -238,13 +284,7 @@ class Ledger:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             problem, self._failure = self._failure, None
-            raise self._unwritable(problem) if isinstance(problem, OSError) else problem
-
-    def _unwritable(self, problem: OSError) -> RunFailed:
-        return RunFailed(
-            f"the journals in {self._work_dir} cannot be written: {problem.strerror or problem}. What was synced "
-            "before is safe; make room or restore the folder and run the same command again."
-        )
+            raise problem
 
 
 def _keys(batch: pa.RecordBatch) -> list[RecordKey]:
@@ -256,7 +296,3 @@ def _errors(rows: pa.RecordBatch | pa.Table) -> Counter[str]:
     """Error records by "stage/type"."""
     pairs = zip(rows["error_stage"].to_pylist(), rows["error_type"].to_pylist(), strict=True)
     return Counter(f"{stage}/{kind}" for stage, kind in pairs if stage is not None)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()

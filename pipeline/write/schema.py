@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
 from pipeline.option import option
@@ -134,8 +135,10 @@ def output_schema(
     """The output's columns, checked.
 
     Raises:
-        UsageError: an input column has one of our names, or the options name a column twice.
+        UsageError: an input column has one of our names or a type that Parquet cannot hold, the options name a column
+            twice, or a value of theirs cannot be.
     """
+    _check_options(options)
     for name in keep or ():
         if name not in columns.names:
             raise UsageError(
@@ -156,7 +159,34 @@ def output_schema(
             f"The input has columns {clash}, which are names of our own. Set write.prefix (for example "
             "write.prefix=vlm_), or leave them out with dataset.columns=[...]."
         )
+    for field in kept:
+        if problem := _unwritable(field.type, options.compression):
+            raise UsageError(
+                f"The input's column {field.name!r} has the type {field.type}, which cannot be written to Parquet "
+                f"({problem}). Leave it out with dataset.columns=[...]."
+            )
     return schema
+
+
+def _check_options(options: WriteConfig) -> None:
+    if options.shard_rows < 1:
+        raise UsageError(f"write.shard_rows={options.shard_rows}: expected a number of rows, at least 1.")
+    if not options.sync_seconds > 0:
+        raise UsageError(f"write.sync_seconds={options.sync_seconds:g}: expected a time in seconds, above 0.")
+    if not options.response_column:
+        raise UsageError("write.response_column is empty: expected the name of a column.")
+    if problem := _unwritable(pa.string(), options.compression):
+        raise UsageError(f"write.compression={options.compression}: {problem}. Try zstd, snappy, gzip, lz4 or none.")
+
+
+def _unwritable(type_: pa.DataType, compression: str) -> str | None:
+    """Why a column cannot take the way of all columns (values, journal, sorted, Parquet); None if it can."""
+    try:
+        table = pa.table({"column": pa.array([None], type_)}).take(pa.array([0]))
+        pq.write_table(table, pa.BufferOutputStream(), compression=compression)
+    except (pa.ArrowException, OSError, ValueError, TypeError) as problem:
+        return str(problem).rstrip(".")
+    return None
 
 
 def journal_row(answer: Answer, columns: Mapping[str, Any], inputs: pa.Schema, attempt: int) -> dict[str, Any]:

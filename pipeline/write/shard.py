@@ -6,42 +6,37 @@ only over a whole file; of two workers that finish the same shard one wins and t
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import RunFailed
+from pipeline.write.file import NO_HARD_LINKS, sync_directory
 from pipeline.write.schema import ShardSummary
 
 _NAME = re.compile(r"part-(\d{5,})\.parquet")
-# File systems without hard links (some FUSE and network mounts) answer with one of these.
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def published_shards(data_dir: Path, plan_id: str) -> dict[int, ShardSummary]:
     """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done."""
-    return {
-        number: found
-        for number, path in shard_files(data_dir)
-        if (found := shard_summary(path)) and found.plan_id == plan_id
-    }
+    return {number: found for number, path in shard_files(data_dir) if (found := summary_of_plan(path, plan_id))}
 
 
 def shard_files(data_dir: Path) -> Iterator[tuple[int, Path]]:
-    """Regular files in the output folder that have the name of a shard, by number."""
+    """Regular files in the output folder that have the name of a shard, by number; no name has two spellings."""
     try:
         entries = sorted(os.scandir(data_dir), key=lambda entry: entry.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
         match = _NAME.fullmatch(entry.name)
-        if match and entry.is_file():
+        if match and f"{int(match[1]):05d}" == match[1] and entry.is_file():
             yield int(match[1]), Path(entry.path)
 
 
@@ -53,6 +48,12 @@ def shard_summary(path: Path) -> ShardSummary | None:
             return ShardSummary.from_metadata(pq.read_metadata(file).metadata)
     except (OSError, pa.ArrowException):
         return None
+
+
+def summary_of_plan(path: Path, plan_id: str) -> ShardSummary | None:
+    """The footer's summary where the file is a published shard of this plan, else None."""
+    summary = shard_summary(path)
+    return summary if summary is not None and summary.plan_id == plan_id else None
 
 
 def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -80,19 +81,25 @@ def publish_shard(table: pa.Table, summary: ShardSummary, *, final: Path, attemp
         RunFailed: the disk is full, the folder is gone, or the written file does not read back.
     """
     table = table.replace_schema_metadata(summary.to_metadata())
+    won = False
     try:
         _write(table, attempt_path, compression)
         _check(table, attempt_path)
         won = _publish(attempt_path, final, summary.plan_id)
-        _sync_directory(final.parent)
+        sync_directory(final.parent)
         return won
-    except OSError as problem:
+    except (OSError, RunFailed) as problem:
+        if not won and summary_of_plan(final, summary.plan_id):
+            return False  # the worker that was quicker has cleared work/ away, our copy included
+        if isinstance(problem, RunFailed):
+            raise
         raise RunFailed(
             f"{final} could not be written: {problem.strerror or problem}. Finished answers are kept in the journals; "
             "make room or restore the folder and run the same command again."
         ) from problem
     finally:
-        attempt_path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is gone or read-only says so above
+            attempt_path.unlink()
 
 
 def _write(table: pa.Table, path: Path, compression: str) -> None:
@@ -123,15 +130,14 @@ def _publish(attempt_path: Path, final: Path, plan_id: str) -> bool:
         # A lost reply can turn success into "exists" (NFS): then both names are the same file.
         if _same_file(attempt_path, final):
             return True
-        existing = shard_summary(final)
-        if existing and existing.plan_id == plan_id:
+        if summary_of_plan(final, plan_id):
             return False
         if final.is_dir():
             raise RunFailed(f"{final} is a folder where a shard has to be; move it away and run again.") from None
     except OSError as problem:
-        if problem.errno not in _NO_HARD_LINKS:
+        if problem.errno not in NO_HARD_LINKS:
             raise
-        if (existing := shard_summary(final)) and existing.plan_id == plan_id:
+        if summary_of_plan(final, plan_id):
             return False
     # Another plan's file, a damaged one, or no hard links here: replaced in one step, never deleted first.
     os.replace(attempt_path, final)
@@ -144,11 +150,3 @@ def _same_file(first: Path, second: Path) -> bool:
     except FileNotFoundError:
         return False
     return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino) and stat.S_ISREG(a.st_mode)
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

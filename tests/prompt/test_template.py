@@ -71,7 +71,7 @@ def test_a_row_without_images_is_asked_in_text_alone() -> None:
 
 
 def test_loops_and_choices_are_written_as_in_chat_templates() -> None:
-    user = "{{ question }}\n  {% for choice in choices %}\n{{ 'ABCD'[loop.index0] }}. {{ choice }}\n  {% endfor %}\nAnswer:"
+    user = "{{ question }}\n  {% for it in choices %}\n{{ 'ABCD'[loop.index0] }}. {{ it }}\n  {% endfor %}\nAnswer:"
     assert text(user, question="Which?", choices=["a cat", "a dog"]) == "Which?\nA. a cat\nB. a dog\nAnswer:"
 
 

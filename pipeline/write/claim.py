@@ -1,0 +1,135 @@
+"""Claims: who is at which shard now, so that two workers do not do the same work. Advisory: nothing relies on them.
+
+A claim is a file `work/part-00042.claim` that names its owner. The owner touches it every now and then; one that was
+not touched for the length of a lease, or whose process on this host is gone, may be taken over. Two workers that take a
+claim over at the same moment both do the shard, and its exclusive publication keeps one result.
+
+A shard that somebody else has is left for later: never wait for it while rows of one's own are on their way, or two
+workers wait for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+LEASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who has a shard, as its claim file says it; empty where the file is not readable."""
+
+    owner: str = ""
+    host: str = ""
+    pid: int = 0
+
+
+class Claims:
+    """The claims of one worker; safe for two threads, so that a heartbeat can have its own.
+
+    Args:
+        owner: unique to this start of this worker, as the attempt of a journal is.
+        lease_seconds: how long a claim holds without `beat`; call that several times as often.
+    """
+
+    def __init__(self, work_dir: Path, owner: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
+        self._work_dir, self._lease_seconds = work_dir, lease_seconds
+        self._own = Claim(owner, _host(), os.getpid())
+        self._held: set[str] = set()
+        self._lock = threading.Lock()
+
+    def take(self, shard_name: str) -> bool:
+        """Claim a shard; False while another live worker has it.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        path = self._path(shard_name)
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        content = json.dumps({"owner": self._own.owner, "host": self._own.host, "pid": self._own.pid})
+        with self._lock:
+            temporary.write_text(content, encoding="utf-8")
+            try:
+                try:
+                    os.link(temporary, path)
+                except OSError:  # somebody has it, or there are no hard links here
+                    if path.exists() and not self._may_take_over(path, now=temporary.stat().st_mtime):
+                        return False
+                    os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            taken = _read(path) == self._own  # of two that take over, the last one has it
+            if taken:
+                self._held.add(shard_name)
+            return taken
+
+    def release(self, shard_name: str) -> None:
+        """Give a shard up, done or not. What somebody took over meanwhile stays theirs."""
+        with self._lock:
+            self._held.discard(shard_name)
+            if _read(self._path(shard_name)) == self._own:
+                self._path(shard_name).unlink(missing_ok=True)
+
+    def beat(self) -> None:
+        """Renew the lease of every claim that is held; forget those that somebody took over."""
+        with self._lock:
+            for shard_name in list(self._held):
+                path = self._path(shard_name)
+                if _read(path) != self._own:
+                    self._held.discard(shard_name)
+                    continue
+                with suppress(FileNotFoundError):
+                    os.utime(path)  # the file system's clock, which all workers share
+
+    def close(self) -> None:
+        """Give everything up."""
+        for shard_name in list(self._held):
+            self.release(shard_name)
+
+    def _path(self, shard_name: str) -> Path:
+        return self._work_dir / f"{shard_name}.claim"
+
+    def _may_take_over(self, path: Path, now: float) -> bool:
+        claim = _read(path)
+        if claim == self._own:
+            return True
+        if claim.host == self._own.host and not _is_alive(claim.pid):
+            return True
+        try:
+            # A date in the future is as stale as one in the past: a live owner would have touched it since.
+            return abs(now - path.stat().st_mtime) >= self._lease_seconds
+        except FileNotFoundError:  # just released
+            return True
+
+
+def _read(path: Path) -> Claim:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Claim(str(content["owner"]), str(content["host"]), int(content["pid"]))
+    except (OSError, ValueError, KeyError, TypeError):  # gone, torn, or not ours: the lease decides
+        return Claim()
+
+
+def _host() -> str:
+    """The machine, and on Linux the process namespace: containers may share a host name, never a namespace."""
+    try:
+        return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,68 @@
+"""What a benchmark reports: figures, held against targets, as one table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured."""
+
+    speed_rows: int = 5_280
+    loop_rows: int = 300
+    trial_rows: int = 192
+    rounds: int = 3
+    memory_rows: int = 50_000
+    plan_rows: int = 1_000_000
+    shards: int = 1_000
+    repeats: int = 3
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is enough to hold speed against a target."""
+        return self.speed_rows >= 1_000
+
+
+QUICK = Sizes(48, 8, 16, 1, 200, 2_000, 20, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One line of the table; `passed` is None where there is no target or too little was measured to judge one."""
+
+    name: str
+    unit: str
+    samples: Sequence[float]
+    target: str = ""
+    passed: bool | None = None
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+
+def compared(name: str, unit: str, samples: Sequence[float], target: str, sizes: Sizes, note: str = "") -> Figure:
+    """A figure whose median is held against a target such as ">= 4" or "< 30"."""
+    sign, _, bound = target.partition(" ")
+    median = statistics.median(samples)
+    passed = {"<": median < float(bound), ">": median > float(bound), ">=": median >= float(bound)}[sign]
+    return Figure(name, unit, samples, target, passed if sizes.judged else None, note)
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """All figures as a Markdown table."""
+    lines = ["| figure | median | least .. most | unit | target | reached | note |", "|---|---:|---:|---|---|---|---|"]
+    for figure in figures:
+        spread = f"{_text(min(figure.samples))} .. {_text(max(figure.samples))}" if len(figure.samples) > 1 else ""
+        reached = {None: "not judged" if figure.target else "", True: "yes", False: "NO"}[figure.passed]
+        cells = (figure.name, _text(figure.median), spread, figure.unit, figure.target, reached, figure.note)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _text(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"

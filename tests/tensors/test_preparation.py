@@ -1,0 +1,134 @@
+"""A row through a worker process: prompts, image and tensors within the memory that a worker may take."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny_processors import save_idefics3
+
+from pipeline.preparation import Preparation, PreparationOptions, Task
+from pipeline.prompt.template import PromptConfig
+from pipeline.records import Answer, EncodedSample, Fault, ImageRef, RecordKey, Row, Stage
+from pipeline.tensors.pool import WorkerPool
+from pipeline.tensors.processor import ProcessorSource
+from pipeline.vlm.options import StaticConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_idefics3(tmp_path_factory.mktemp("idefics3"))
+
+
+def options_of(
+    folder: Path, columns: tuple[str, ...] = (), max_tokens: int | None = None, **prompt: Any
+) -> PreparationOptions:
+    config = PromptConfig(**prompt)
+    return PreparationOptions(
+        template=config.build(columns),
+        processor=ProcessorSource(str(folder), max_tokens=max_tokens),
+        fingerprint="f",
+        max_image_pixels=config.max_image_pixels,
+        allow_urls=False,
+        max_new_tokens=20,
+        max_new_tokens_column="cap" if "cap" in columns else None,
+    )
+
+
+def task(data: bytes | None = None, names: tuple[str, ...] = ("default",), **more: Any) -> Task:
+    images = () if data is None else (ImageRef(data=data),)
+    row = Row(**({"index": 0, "id": "a", "images": images, "columns": {}} | more))
+    return Task(row, tuple(RecordKey(0, name, number) for name in names for number in (0, 1)))
+
+
+def photo(width: int, height: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(encoded, "JPEG")
+    return encoded.getvalue()
+
+
+def test_a_photo_of_48_megapixels_fits_the_default_memory_of_a_worker_and_a_tight_limit_is_an_error_row(
+    folder: Path,
+) -> None:
+    def pool(memory_bytes: int) -> WorkerPool[Task, list[EncodedSample | Answer]]:
+        return WorkerPool(
+            partial(Preparation, options_of(folder)),
+            num_workers=1,
+            task_seconds=60,
+            memory_bytes=memory_bytes,
+            max_waiting=4,
+            preload=("pytest",),
+        )
+
+    tasks = [task(photo(8000, 6000)), task(photo(40, 30))]
+    with pool(StaticConfig().worker_memory_bytes) as usual, pool(200 << 20) as tight:
+        found = [*usual.results(iter(tasks)), *tight.results(iter(tasks))]
+    large, small, too_large, still_small = found
+    assert isinstance(large, list)
+    assert [type(result) for result in large] == [EncodedSample] * 2
+    assert (large[0].facts.image_width, large[0].facts.image_height) == ((8000,), (6000,))
+    assert isinstance(too_large, list)
+    assert [result.fault.kind for result in too_large if isinstance(result, Answer) and result.fault] == [
+        "MemoryError"
+    ] * 2
+    assert [type(result) for result in (*small, *still_small)] == [EncodedSample] * 4  # type: ignore[misc]
+
+
+def test_each_key_has_one_result_and_the_image_is_told(folder: Path) -> None:
+    prepare = Preparation(options_of(folder, variants={"short": "What?", "long": "Describe it at length."}))
+    results = prepare(task(photo(40, 30), names=("short", "long")))
+    assert [(result.key.prompt_name, result.key.sample_index) for result in results] == [
+        ("short", 0),
+        ("short", 1),
+        ("long", 0),
+        ("long", 1),
+    ]
+    assert {result.facts.prompt for result in results} == {"What?", "Describe it at length."}
+    assert {result.facts.image_width for result in results} == {(40,)}
+    assert len({result.facts.row_key for result in results}) == 2
+
+
+def test_a_row_that_could_not_be_read_keeps_its_fault(folder: Path) -> None:
+    fault = Fault(Stage.READ, "NullImage", "image is null")
+    results = Preparation(options_of(folder))(task(fault=fault))
+    assert [result.fault for result in results if isinstance(result, Answer)] == [fault] * 2
+
+
+def test_an_image_that_cannot_be_decoded_keeps_what_is_known_of_the_row(folder: Path) -> None:
+    [answer, _] = Preparation(options_of(folder))(task(b"no image"))
+    assert isinstance(answer, Answer)
+    assert answer.fault is not None
+    assert answer.fault.stage is Stage.DECODE
+    assert (answer.facts.prompt, answer.facts.num_images) == ("Describe this image.", 1)
+
+
+@pytest.mark.parametrize(("cap", "room"), [(5, 5), (20, 20), (500, 20)])
+def test_the_cap_of_a_row_is_never_above_max_new_tokens(folder: Path, cap: int, room: int) -> None:
+    [sample, _] = Preparation(options_of(folder, ("cap",)))(task(photo(40, 30), columns={"cap": cap}))
+    assert isinstance(sample, EncodedSample)
+    assert sample.max_new_tokens == room
+
+
+@pytest.mark.parametrize("cap", [0, -1, None, "5", 5.5, True])
+def test_a_cap_that_is_no_number_of_tokens_is_a_fault(folder: Path, cap: object) -> None:
+    [answer, _] = Preparation(options_of(folder, ("cap",)))(task(photo(40, 30), columns={"cap": cap}))
+    assert isinstance(answer, Answer)
+    assert answer.fault is not None
+    assert (answer.fault.stage, answer.fault.kind) == ("template", "TokenCap")
+
+
+def test_an_answer_never_outgrows_the_context_of_the_model(folder: Path) -> None:
+    [sample, _] = Preparation(options_of(folder))(task(photo(40, 30)))
+    assert isinstance(sample, EncodedSample)
+    tight = Preparation(options_of(folder, max_tokens=sample.num_tokens + 3))
+    [sample, _] = tight(task(photo(40, 30)))
+    assert isinstance(sample, EncodedSample)
+    assert sample.max_new_tokens == 3
+    [answer, _] = Preparation(options_of(folder, max_tokens=sample.num_tokens))(task(photo(40, 30)))
+    assert isinstance(answer, Answer)
+    assert answer.fault is not None
+    assert answer.fault.kind == "PromptTooLong"

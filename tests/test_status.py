@@ -1,0 +1,145 @@
+"""Status and manifest: where a run stands, from its files alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import FAULT, answer, finished_run, keys_of, new_ledger, new_plan, row, tree, work
+
+from pipeline.errors import RunFailed, UsageError
+from pipeline.manifest import write_manifest
+from pipeline.status import read_status, status_lines
+from pipeline.write.journal import Journal
+
+
+def test_a_run_that_was_killed_says_what_is_done_and_how_to_go_on(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path, 9)
+    ledger = new_ledger(tmp_path, plan)
+    work(ledger, plan, plan.shard(0))
+    work(ledger, plan, plan.shard(2), list(keys_of(plan, plan.shard(2)))[:2])
+    ledger.close()
+    status = read_status(tmp_path)
+    assert (status.num_published, status.num_journalled, status.num_done) == (3, 2, 5)
+    assert not status.complete
+    lines = list(status_lines(tmp_path, status))
+    assert "rows     5 of 9 done (55.6%)" in lines
+    assert "shards   1 of 3 published" in lines
+    assert lines[-1] == "state    not running; the same command goes on where it stopped"
+
+
+def test_a_finished_run_says_so_with_its_errors(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path, 3)
+    ledger = new_ledger(tmp_path, plan)
+    ledger.open(plan.shard(0))
+    for key in keys_of(plan, plan.shard(0)):
+        ledger.expect(row(key.row_index), [key], plan.shard(0))
+        ledger.record(answer(key, fault=FAULT))
+    ledger.close()
+    lines = list(status_lines(tmp_path, read_status(tmp_path)))
+    assert lines[-1] == "state    done"
+    assert any("3 x decode/UnidentifiedImageError" in line for line in lines)
+
+
+def test_a_journal_beside_its_published_shard_counts_once(tmp_path: Path) -> None:
+    """A worker that was killed between publication and tidying up left it, or one that is at the shard too."""
+    plan = new_plan(tmp_path, 6)
+    keys = list(keys_of(plan, plan.shard(0)))
+    slow, quick = new_ledger(tmp_path, plan, "slow"), new_ledger(tmp_path, plan, "quick")
+    work(slow, plan, plan.shard(0), keys[:1])
+    work(quick, plan, plan.shard(0))
+    slow.sync()
+    assert len(list((tmp_path / "work").glob("*.journal"))) == 1
+    assert read_status(tmp_path).num_done == 3
+    slow.close()
+    quick.close()
+
+
+def test_a_journal_of_another_plan_does_not_count(tmp_path: Path) -> None:
+    new_plan(tmp_path, 6)
+    Journal(tmp_path / "work/part-00000.x.journal", plan_id="another", shard=0).close()
+    (tmp_path / "work/part-00001.y.journal").write_bytes(b"torn")
+    assert read_status(tmp_path).num_journalled == 0
+
+
+def test_a_worker_that_was_heard_of_lately_is_running(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path, 6)
+    now = time.time()
+    worker = {"plan_id": plan.plan_id, "state": "running", "started": now - 60, "updated": now, "rows_per_second": 0.1}
+    heartbeat = tmp_path / "stats/worker-0-x.json"
+    heartbeat.write_text(json.dumps(worker))
+    (tmp_path / "stats/worker-1-y.json").write_text(json.dumps(worker | {"plan_id": "another"}))
+    (tmp_path / "stats/worker-2-z.json").write_text("{")
+    assert list(status_lines(tmp_path, read_status(tmp_path)))[-1] == (
+        "state    running, 1 worker, 0.1 rows/s, 1 min 00 s left"
+    )
+    heartbeat.write_text(json.dumps(worker | {"updated": now - 3600}))
+    assert "not running, last heard of as 'running'" in list(status_lines(tmp_path, read_status(tmp_path)))[-1]
+
+
+def test_no_run_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        read_status(tmp_path)
+
+
+def test_status_needs_no_model_and_changes_nothing(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    before = tree(tmp_path)
+    script = f"""
+import sys
+from pathlib import Path
+from pipeline.status import read_status
+assert read_status(Path({str(tmp_path)!r})).complete
+assert not {{"torch", "transformers", "datasets"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_run_gets_a_manifest_and_loses_its_work_folder(tmp_path: Path) -> None:
+    plan = finished_run(tmp_path)
+    for stray in ("part-00000.dead.journal", "part-00001.dead.parquet", "part-00000.claim", "plan.json.0f.tmp"):
+        (tmp_path / "work" / stray).write_bytes(b"left by a kill")
+    assert write_manifest(tmp_path, plan) is True
+    assert not (tmp_path / "work").exists()
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert (content["num_rows"], content["num_errors"], content["num_generated_tokens"]) == (6, 0, 18)
+    assert content["numerics"] == [{"num_shards": 2, "engine": "none"}]
+    assert content["settings"]["prompt.user"] == "What is it?"
+
+
+def test_a_further_start_of_a_finished_run_changes_no_byte(tmp_path: Path) -> None:
+    plan = finished_run(tmp_path)
+    write_manifest(tmp_path, plan)
+    before = tree(tmp_path)
+    assert write_manifest(tmp_path, plan) is True
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_unfinished_run_has_no_manifest_and_keeps_its_journals(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path, 6)
+    ledger = new_ledger(tmp_path, plan)
+    work(ledger, plan, plan.shard(0), list(keys_of(plan, plan.shard(0)))[:1])
+    ledger.close()
+    before = tree(tmp_path)
+    assert write_manifest(tmp_path, plan) is False
+    assert tree(tmp_path) == before
+
+
+def test_notes_that_somebody_keeps_in_work_stay(tmp_path: Path) -> None:
+    plan = finished_run(tmp_path)
+    (tmp_path / "work/notes.txt").write_text("mine")
+    assert write_manifest(tmp_path, plan) is True
+    assert (tmp_path / "work/notes.txt").read_text() == "mine"
+
+
+def test_a_manifest_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    plan = finished_run(tmp_path)
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(RunFailed, match=r"manifest\.json cannot be written"):
+        write_manifest(tmp_path, plan)
