@@ -34,7 +34,6 @@ class Meter:
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._started_at = time.time()
-        self._first_answer: float | None = None
         self._last_heartbeat = self._last_line = self._started
         self.waiting_for_input_seconds = 0.0
         self.loading_seconds = 0.0
@@ -61,6 +60,7 @@ class Meter:
     def loaded(self) -> None:
         """The model is loaded: answers can come from here on."""
         self.loading_seconds = self.seconds
+        self._last_line = time.monotonic()
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
         """Pass items through, and time how long the engine waited for them."""

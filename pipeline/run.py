@@ -15,20 +15,22 @@ from dataclasses import asdict
 from functools import partial
 
 from pipeline.config import RunConfig, answer_settings
-from pipeline.dataset.base import Dataset, Inputs
+from pipeline.dataset.base import Inputs
 from pipeline.errors import ErrorBudgetExceeded, Interrupted, RowFault, RunFailed, UsageError
+from pipeline.feed import Feed
 from pipeline.interruption import Interruption
 from pipeline.meter import Meter
 from pipeline.plan import Plan, make_folders, open_plan, read_inputs
 from pipeline.preparation import Preparation, PreparationOptions, Task, errors
 from pipeline.prompt.template import PromptFormat, Template
-from pipeline.records import Answer, EncodedSample, RecordKey, Shard, Stage
+from pipeline.records import Answer, EncodedSample, Shard, Stage
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import Lost, WorkerPool
 from pipeline.tensors.processor import ProcessorSource
 from pipeline.vlm.base import Engine
 from pipeline.vlm.identity import ModelIdentity, identify
+from pipeline.write.claim import Claims
 from pipeline.write.ledger import Ledger
 from pipeline.write.schema import OutputSchema, output_schema
 from pipeline.write.shard import published_shards
@@ -62,12 +64,13 @@ def run(config: RunConfig, rank: int, world: int) -> None:
     inputs = read_inputs(output_dir, plan)
     template, schema = checked(config, inputs)
     meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id)
+    attempt_id = f"{rank}-{uuid.uuid4().hex[:12]}"
     engine: Engine | None = None
     ledger = Ledger(
         output_dir,
         schema,
         plan_id=plan.plan_id,
-        attempt_id=f"{rank}-{uuid.uuid4().hex[:12]}",
+        attempt_id=attempt_id,
         prompt_names=plan.prompt_names,
         num_samples=plan.num_samples,
         constants={"model_id": identity.model_id, "model_revision": identity.revision, "run_id": plan.plan_id},
@@ -76,6 +79,7 @@ def run(config: RunConfig, rank: int, world: int) -> None:
         compression=config.write.compression,
         sync_seconds=config.write.sync_seconds,
     )
+    claims = Claims(output_dir / "work", attempt_id)
     batcher = Batcher(
         max_rows=config.engine.max_batch_rows,
         max_tokens=config.engine.max_batch_tokens,
@@ -88,20 +92,27 @@ def run(config: RunConfig, rank: int, world: int) -> None:
         meter.show()
 
     state = "failed"
-    with Interruption(config.grace_seconds) as stop, workers(config, plan, identity, template, batcher) as pool:
+    with (
+        Interruption(config.grace_seconds) as stop,
+        claims,
+        workers(config, plan, identity, template, batcher) as pool,
+    ):
         stop.on_request(pool.stop_feeding)
         stop.last_words = ledger.sync
         try:
             engine = build_engine(config, identity, batcher, stop)
             meter.loaded()
-            tasks = tasks_of(todo, config.dataset.open(inputs), plan, ledger)
-            results = meter.waiting(pool.results(tasks))
-            for answer in engine.answers(samples_of(results, record)):
-                record(answer)
-            if ledger.num_published < len(todo):
+            feed = Feed(output_dir, plan, config.dataset.open(inputs), ledger, claims)
+            for tasks in feed.streams(todo):
+                results = meter.waiting(pool.results(tasks))
+                for answer in engine.answers(samples_of(results, record)):
+                    record(answer)
+                if stop.requested:
+                    break
+            if left := feed.unpublished(todo):
                 if stop.requested:
                     raise Interrupted("Stopped by a signal. Run the same command again to go on.")
-                raise RunFailed(f"the work ended with {len(todo) - ledger.num_published} shards unfinished: a bug")
+                raise RunFailed(f"the work ended with {len(left)} shards unfinished: a bug")
             state = "done"
         except Interrupted:
             state = "interrupted"
@@ -205,26 +216,6 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
         max_new_tokens=generation.max_new_tokens,
         stop=stop,
     )
-
-
-def tasks_of(shards: list[Shard], dataset: Dataset, plan: Plan, ledger: Ledger) -> Iterator[Task]:
-    """The rows of the shards, each with the keys that no earlier start has answered."""
-    for shard in shards:
-        answered = ledger.open(shard)
-        if len(answered) == (shard.stop - shard.start) * plan.records_per_row:
-            continue
-        for row in dataset.rows(shard.start, shard.stop):
-            keys = tuple(key for key in record_keys(plan, row.index) if key not in answered)
-            if keys:
-                ledger.expect(row, keys, shard)
-                yield Task(row, keys)
-
-
-def record_keys(plan: Plan, row_index: int) -> Iterator[RecordKey]:
-    """What is asked about one row, in the order of the output."""
-    for name in plan.prompt_names:
-        for sample_index in range(plan.num_samples):
-            yield RecordKey(row_index, name, sample_index)
 
 
 def samples_of(

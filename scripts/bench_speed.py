@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 from bench_figure import Figure, Sizes, compared
@@ -18,7 +20,18 @@ from bench_workload import MAX_NEW_TOKENS, MODEL, source, worker_stats, write_ro
 
 PEERS = Path(__file__).with_name("bench_peers.py")
 TRIAL_SECONDS = 90.0  # a peer's setting that takes longer over the trial rows, start-up included, is out
-BATCHES, THREADS, LOADERS = (8, 32, 64), (1, 2), (0, 1)  # what the peers may choose from
+BATCHES, LOADERS, MORE_THREADS = (8, 32, 64), (0, 1), (2,)  # what the peers may choose from
+
+
+class Setting(NamedTuple):
+    """How a peer is run."""
+
+    num_threads: int
+    batch_rows: int
+    num_loaders: int  # processes of the library's own data loader
+
+    def __str__(self) -> str:
+        return f"batch {self.batch_rows}, {self.num_threads} thread(s), {self.num_loaders} loader process(es)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +65,8 @@ def speed(sizes: Sizes, folder: Path) -> list[Figure]:
     notes = {
         "ours": "`vlm-batch run`, default engine settings",
         "again": "the same once more: how much is noise",
-        "pipeline": f"transformers.pipeline, its best of {setting_text(batch_setting)}",
-        "loop": f"the guide's loop, its best of {setting_text(loop_setting)}, first {sizes.loop_rows} rows",
+        "pipeline": f"transformers.pipeline, its best of {batch_setting}",
+        "loop": f"the guide's loop, its best of {loop_setting}, first {sizes.loop_rows} rows",
     }
     figures = []
     for name, found in runs.items():
@@ -62,8 +75,9 @@ def speed(sizes: Sizes, folder: Path) -> list[Figure]:
         whole = [sizes.speed_rows / whole_seconds(side, sizes.speed_rows) for side in found]
         scaled = "start-up + rows x seconds a row" if name == "loop" else ""
         figures.append(Figure(f"{name}: whole command, {sizes.speed_rows:,} rows", "rows/s", whole, note=scaled))
-        cpu = [1000 * side.cpu_seconds / side.num_rows for side in found]
-        figures.append(Figure(f"{name}: CPU time, start-up included", "s per 1,000 rows", cpu))
+        if name != "loop":  # its few rows are less than its start-up
+            cpu = [1000 * side.cpu_seconds / side.num_rows for side in found]
+            figures.append(Figure(f"{name}: CPU time, start-up included", "s per 1,000 rows", cpu))
     for name, target in (("loop", ">= 4"), ("pipeline", "> 1")):
         pairs = list(zip(runs["ours"], runs[name], strict=True))
         work = [(a.num_rows / a.work_seconds) / (b.num_rows / b.work_seconds) for a, b in pairs]
@@ -98,10 +112,8 @@ def ours(rows: Path, folder: Path) -> Side:
     return Side(stats["num_answered"], trace.wall_seconds, work_seconds, trace.cpu_seconds, os.getloadavg()[0], answers)
 
 
-def peer(
-    name: str, rows: Path, num_rows: int, setting: Sequence[int], folder: Path, timeout: float | None = None
-) -> Side:
-    """One run of a peer; setting: torch threads, rows in a batch, loader processes."""
+def peer(name: str, rows: Path, num_rows: int, setting: Setting, folder: Path, timeout: float | None = None) -> Side:
+    """One run of a peer."""
     output = folder / f"{name}.parquet"
     threads, batch_rows, loaders = map(str, setting)
     trace = traced(
@@ -119,24 +131,19 @@ def peer(
     return Side(num_rows, trace.wall_seconds, work_seconds, trace.cpu_seconds, os.getloadavg()[0], answers)
 
 
-def best_setting(name: str, rows: Path, sizes: Sizes, folder: Path) -> tuple[int, int, int]:
-    """The setting with which a peer is fastest over some rows."""
-    batches, loaders, threads_tried = ((1,), (0,), THREADS) if name == "loop" else (BATCHES, LOADERS, THREADS)
-    if not sizes.judged:
-        batches, loaders, threads_tried = batches[:1], loaders[:1], THREADS[:1]
-    found: dict[tuple[int, int, int], float] = {}
-    for threads in threads_tried:
-        for batch_rows in batches:
-            for num_loaders in loaders:
-                setting = (threads, batch_rows, num_loaders)
-                num_rows = min(sizes.trial_rows, sizes.speed_rows) // (4 if name == "loop" else 1)
-                try:
-                    found[setting] = peer(name, rows, num_rows, setting, folder, TRIAL_SECONDS).work_seconds
-                except subprocess.TimeoutExpired:
-                    continue
-    return min(found, key=lambda setting: found[setting])
+def best_setting(name: str, rows: Path, sizes: Sizes, folder: Path) -> Setting:
+    """The setting with which a peer is fastest over some rows: batch and loaders with one thread, then more threads."""
+    choices = [(1, 0)] if name == "loop" else [(batch, loaders) for batch in BATCHES for loaders in LOADERS]
+    num_rows = min(sizes.trial_rows, sizes.speed_rows) // (4 if name == "loop" else 1)
+    seconds: dict[Setting, float] = {}
 
+    def attempt(setting: Setting) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            seconds[setting] = peer(name, rows, num_rows, setting, folder, TRIAL_SECONDS).work_seconds
 
-def setting_text(setting: Sequence[int]) -> str:
-    threads, batch_rows, loaders = setting
-    return f"batch {batch_rows}, {threads} thread(s), {loaders} loader process(es)"
+    for batch_rows, num_loaders in choices if sizes.judged else choices[:1]:
+        attempt(Setting(1, batch_rows, num_loaders))
+    best = min(seconds, key=lambda setting: seconds[setting])
+    for num_threads in MORE_THREADS if sizes.judged else ():
+        attempt(best._replace(num_threads=num_threads))
+    return min(seconds, key=lambda setting: seconds[setting])

@@ -11,7 +11,7 @@ LAYERS = [
     {"records", "errors", "option", "tally"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
     {"plan", "preparation"},
-    {"config", "status", "audit", "manifest"},
+    {"feed", "config", "status", "audit", "manifest"},
     {"compose", "run"},
     {"__main__"},
 ]

@@ -105,7 +105,7 @@ class WorkerPool(Generic[Task, Result]):
         os.set_blocking(self._wake_writer, False)
         self._workers: list[_Worker[Task]] = []
         self._tasks: queue.SimpleQueue[Iterator[Task] | None] = queue.SimpleQueue()
-        self._taken = False
+        self._streaming = False
         with environment():
             forkserver.ensure_running()
         # The fork server's imports take seconds: the pump waits for them, while the caller loads its model.
@@ -113,18 +113,19 @@ class WorkerPool(Generic[Task, Result]):
         self._pump.start()
 
     def results(self, tasks: Iterator[Task]) -> Iterator[Result | Lost[Task]]:
-        """Every task's result exactly once, as they finish. May be called once.
+        """Every task's result exactly once, as they finish. One stream at a time; another may follow its end.
 
         Raises:
             RunFailed: a worker could not be built, or the program failed in it.
             whatever `tasks` raises.
         """
-        assert not self._taken, "a pool serves one stream of tasks"
-        self._taken = True
+        assert not self._streaming, "a pool serves one stream of tasks at a time"
+        self._streaming = True
         self._tasks.put(tasks)
         while True:
             kind, value, size_bytes = self._buffer.get()
             if kind == "end":
+                self._streaming = False
                 return
             if kind == "raise":
                 raise value
@@ -164,10 +165,9 @@ class WorkerPool(Generic[Task, Result]):
         try:
             for _ in range(self._num_workers):
                 self._workers.append(self._start())
-            tasks = self._tasks.get()
-            if tasks is not None:
+            while (tasks := self._tasks.get()) is not None:
                 self._pump_tasks(tasks)
-            self._buffer.put(("end", None, 0))
+                self._buffer.put(("end", None, 0))
         except BaseException as problem:  # handed to results(): a thread has no caller
             self._buffer.put(("raise", problem, 0))
 

@@ -32,11 +32,11 @@ class Claim:
 
 
 class Claims:
-    """The claims of one worker; safe for two threads, so that a heartbeat can have its own.
+    """The claims of one worker. While it is entered, a thread keeps them alive; leaving it gives them up.
 
     Args:
         owner: unique to this start of this worker, as the attempt of a journal is.
-        lease_seconds: how long a claim holds without `beat`; call that several times as often.
+        lease_seconds: how long a claim holds without a heartbeat.
     """
 
     def __init__(self, work_dir: Path, owner: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
@@ -44,6 +44,20 @@ class Claims:
         self._own = Claim(owner, _host(), os.getpid())
         self._held: set[str] = set()
         self._lock = threading.Lock()
+        self._closing = threading.Event()
+
+    def __enter__(self) -> Claims:
+        threading.Thread(target=self._beat_forever, name="claims", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self.close()
+
+    def _beat_forever(self) -> None:
+        while not self._closing.wait(self._lease_seconds / 6):
+            with suppress(OSError):  # a lease that ends costs double work, nothing else
+                self.beat()
 
     def take(self, shard_name: str) -> bool:
         """Claim a shard; False while another live worker has it.
@@ -55,6 +69,7 @@ class Claims:
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         content = json.dumps({"owner": self._own.owner, "host": self._own.host, "pid": self._own.pid})
         with self._lock:
+            self._work_dir.mkdir(exist_ok=True)  # whoever finishes a run removes it
             temporary.write_text(content, encoding="utf-8")
             try:
                 try:

@@ -134,6 +134,11 @@ class Ledger:
         self._publish_if_complete(current)
         return answered
 
+    def is_open(self, shard: Shard) -> bool:
+        """Whether a shard is in work: taken, and not yet published."""
+        with self._lock:
+            return shard.number in self._open
+
     def expect(self, row: Row, keys: Sequence[RecordKey], shard: Shard) -> None:
         """Keep a row's columns until its answers are in."""
         with self._lock:
