@@ -173,7 +173,8 @@ def _type(parent: Any, name: str) -> tuple[Any, bool]:
     node = parent._get_node(name, validate_access=False) if isinstance(parent, DictConfig) else None
     if isinstance(node, Node):
         return node._metadata.ref_type, node._metadata.optional
-    return parent._metadata.element_type, True  # a new entry of prompt.variants, vlm.processor ...
+    kind = parent._metadata.element_type  # a new entry of prompt.variants, vlm.processor ...
+    return kind, kind is Any
 
 
 def _literal(text: str) -> str:

@@ -51,7 +51,8 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # A second signal may come while the process is on its way out with exit code 75: it changes nothing.
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -41,15 +41,15 @@ class Figure:
     note: str = ""
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
+    def median(self) -> float | None:
+        return statistics.median(self.samples) if self.samples else None
 
 
 def compared(name: str, unit: str, samples: Sequence[float], target: str, sizes: Sizes, note: str = "") -> Figure:
     """A figure whose median is held against a target such as ">= 4" or "< 30"."""
     sign, _, bound = target.partition(" ")
     median = statistics.median(samples)
-    passed = {"<": median < float(bound), ">": median > float(bound), ">=": median > 0}[sign]
+    passed = {"<": median < float(bound), ">": median > float(bound), ">=": median >= float(bound)}[sign]
     return Figure(name, unit, samples, target, passed if sizes.judged else None, note)
 
 
@@ -64,5 +64,7 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def _text(value: float) -> str:
+def _text(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"

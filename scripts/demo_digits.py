@@ -67,7 +67,7 @@ def load_digits() -> tuple[Digits, Digits]:
         SystemExit: scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits as load_all
+        from sklearn.datasets import load_digits as load_all  # type: ignore[import-untyped]
     except ImportError as error:
         raise SystemExit(
             "The digits come with scikit-learn, which is not installed: pip install 'vlm-batch[dev]'"

@@ -1,8 +1,8 @@
 """Train the demo model from nothing: python scripts/train_demo_model.py --output pipeline/vlm/demo
 
-A SmolVLM-shaped network (Idefics3ForConditionalGeneration: vision encoder, connector, Llama decoder) of 1.5 million
+A SmolVLM-shaped network (Idefics3ForConditionalGeneration: vision encoder, connector, Llama decoder) of 1.35 million
 parameters with its own tokenizer, processor and chat template, taught to answer questions about pictures of real
-handwritten digits. It takes some minutes on one CPU core. Prints loss and accuracy; the last line is JSON.
+handwritten digits. It takes ten to twenty minutes on one CPU core. Prints loss and accuracy; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def check_batch_of(processor: Idefics3Processor, digits: Digits) -> None:
     if set(true) != set(fast):
         raise AssertionError(f"the processor gives {sorted(true)}, training would use {sorted(fast)}")
     for name, tensor in fast.items():
-        torch.testing.assert_close(tensor, true[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(tensor, true[name])
 
 
 def spoken(input_ids: torch.Tensor, processor: Idefics3Processor) -> torch.Tensor:
@@ -269,7 +269,7 @@ def train(
     model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, digits: Digits, args: argparse.Namespace
 ) -> None:
     rng = np.random.default_rng(args.seed)
-    # Muon for the matrices inside the layers learns this in half the steps of AdamW, which keeps the rest.
+    # Muon for the matrices inside the layers gets there in far fewer steps than AdamW alone, which keeps the rest.
     inner = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "layers." in name]
     outer = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "layers." not in name]
     optimizers = [
@@ -299,7 +299,7 @@ def train(
         for part, mask in zip(parts, masks, strict=True):
             logits = model(**part, use_cache=False).logits[:, :-1]
             loss = cross_entropy(logits[mask], part["input_ids"][:, 1:][mask], reduction="sum") / num_spoken
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             recent[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -351,9 +351,9 @@ def save(model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch-rows", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
     args = parser.parse_args()

@@ -41,6 +41,13 @@ def test_a_missed_target_shows_in_the_table() -> None:
     assert "| NO |" in table([compared("speed", "x", [2.0, 3.0], ">= 4", Sizes())])
 
 
+def test_what_could_not_be_measured_has_a_line_too() -> None:
+    from bench_figure import Figure, table
+
+    line = table([Figure("memory could not be measured", "", [], "measured", False)]).splitlines()[-1]
+    assert line == "| memory could not be measured | - |  |  | measured | NO |  |"
+
+
 def test_a_side_that_ran_fewer_rows_is_scaled_from_its_work_and_not_from_its_start_up() -> None:
     from bench_speed import Side, whole_seconds
 

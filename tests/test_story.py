@@ -51,8 +51,7 @@ def test_the_result_loads_where_people_load_it(vlm_batch: CommandLine, tmp_path:
     pattern = str(tmp_path / "answers" / "data" / "*.parquet")
     loaded = datasets.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == 20 and isinstance(loaded[0]["response"], str)
-    count = duckdb.sql(f"select count(*) from '{pattern}' where status = 'ok'").fetchone()
-    assert count == (20,)
+    assert duckdb.sql(f"select count(*) from '{pattern}' where status = 'ok'").fetchall() == [(20,)]
 
 
 def test_a_folder_with_a_broken_image_gives_its_neighbours_the_same_answers(
