@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ class Trace:
     """A command that ended well. Processes are called "main", "worker PID" (they encode images) and "helper PID"."""
 
     wall_seconds: float = 0.0
+    main_cpu_seconds: float = 0.0  # exact, of the main process and of children it waited for
     output: str = ""
     resident: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # process -> (clock time, bytes)
     cpu: dict[str, float] = field(default_factory=dict)  # process -> seconds
@@ -50,7 +52,7 @@ def traced(
     """
     trace, over = Trace(), threading.Event()
     with tempfile.TemporaryFile("w+") as said:
-        began = time.perf_counter()
+        began, cpu_before = time.perf_counter(), _children_cpu_seconds()
         process = subprocess.Popen(command, cwd=folder, env=_environment(), stdout=said, stderr=subprocess.STDOUT)
         watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), trace, every, look, over))
         watcher.start()
@@ -62,6 +64,7 @@ def traced(
             watcher.join()
             process.kill()
             process.wait()
+        trace.main_cpu_seconds = _children_cpu_seconds() - cpu_before
         said.seek(0)
         trace.output = said.read()
     if code:
@@ -89,6 +92,11 @@ def vlm_batch_modules(*words: str) -> list[str]:
         "sys.exit(code)\n"
     )
     return [sys.executable, "-c", code, *words]
+
+
+def _children_cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _environment() -> dict[str, str]:

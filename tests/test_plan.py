@@ -147,7 +147,7 @@ def test_a_finished_run_needs_no_source(tmp_path: Path) -> None:
 def first_start(output_dir: Path, num_rows: int, barrier: Any, results: Any) -> None:
     barrier.wait(60)
     try:
-        results.append(("plan", start(output_dir, inputs(num_rows)).plan_id))
+        results.append(("plan", start(output_dir, inputs(num_rows), dataset__path=f"/photos{num_rows}").plan_id))
     except SettingsChanged as refusal:
         results.append(("refused", str(refusal)))
 
@@ -205,6 +205,7 @@ def test_a_changed_source_does_not_fill_in_for_missing_inputs(tmp_path: Path) ->
     plan = start(tmp_path, inputs(6))
     (tmp_path / "plan/inputs.parquet").unlink()
     start(tmp_path, inputs(7))
+    assert not (tmp_path / "plan/inputs.parquet").exists()
     with pytest.raises(RunFailed, match="is missing"):
         read_inputs(tmp_path, plan)
 
