@@ -13,7 +13,7 @@ from pipeline.preparation import Task
 from pipeline.records import RecordKey, Shard
 from pipeline.write.claim import Claims
 from pipeline.write.ledger import Ledger
-from pipeline.write.shard import is_published, published_shards
+from pipeline.write.shard import published_shards
 
 _POLL_SECONDS = 1.0
 
@@ -51,13 +51,10 @@ class Feed:
             if not self._take(shard):
                 postponed.append(shard)
                 continue
-            if is_published(self._data_dir, shard, self._plan.plan_id):  # between the listing and our claim
-                self._claims.release(shard.name)
-                continue
             self._in_work.append(shard)
             answered = self._ledger.open(shard)
             if not self._ledger.is_open(shard):
-                continue  # the journals held all of it
+                continue  # the journals held all of it, or another worker published it before our claim
             for row in self._dataset.rows(shard.start, shard.stop):
                 keys = tuple(key for key in self._keys(row.index) if key not in answered)
                 if keys:

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import RunFailed
-from pipeline.records import Shard
 from pipeline.write.file import NO_HARD_LINKS, sync_directory
 from pipeline.write.schema import ShardSummary
 
@@ -27,12 +26,6 @@ _NAME = re.compile(r"part-(\d{5,})\.parquet")
 def published_shards(data_dir: Path, plan_id: str) -> dict[int, ShardSummary]:
     """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done."""
     return {number: found for number, path in shard_files(data_dir) if (found := summary_of_plan(path, plan_id))}
-
-
-def is_published(data_dir: Path, shard: Shard, plan_id: str) -> bool:
-    """Whether one shard of a plan is done."""
-    found = shard_summary(data_dir / f"{shard.name}.parquet")
-    return found is not None and found.plan_id == plan_id
 
 
 def shard_files(data_dir: Path) -> Iterator[tuple[int, Path]]:
