@@ -14,9 +14,10 @@ from pipeline.errors import Interrupted, UsageError, VlmBatchError
 
 COMMANDS = {
     "run": "the job: plan if new, resume if not",
-    "status": "how far a run is, from its files alone",
+    "status": "how far a run is, from its files alone; watch=true shows it every 5 seconds until it is done",
     "audit": "prove that every row of the plan has exactly one record",
 }
+_WATCH_SECONDS = 5.0
 _USAGE = """vlm-batch COMMAND [key=value ...] [--config-dir DIR] [--cfg] [--help]
 
 Puts prompts to a vision-language model about every image of a dataset; one Parquet row for each answer.
@@ -92,7 +93,7 @@ def _run(settings: list[str], config_dir: str | None) -> int:
     started = time.time()
     config.cluster.launch(partial(run, config))
     status = read_status(output_dir)
-    write_manifest(output_dir, status.plan)
+    write_manifest(output_dir, status)
     fresh = [worker for worker in status.workers if worker["started"] >= started]
     if not fresh:
         print(f"All {status.plan.num_records:,} rows are done already; no model was loaded.")
@@ -112,10 +113,15 @@ def _status(settings: list[str], config_dir: str | None) -> int:
     from pipeline.compose import compose
     from pipeline.status import read_status, status_lines
 
+    watch = _switch(settings, "watch")
     output_dir = compose(settings, config_dir=config_dir).config.output_path
-    for line in status_lines(output_dir, read_status(output_dir)):
-        print(line)
-    return 0
+    while True:
+        status = read_status(output_dir)
+        print("\n".join(status_lines(output_dir, status)), flush=True)
+        if not watch or status.complete:
+            return 0
+        time.sleep(_WATCH_SECONDS)
+        print()
 
 
 def _audit(settings: list[str], config_dir: str | None) -> int:
@@ -127,6 +133,16 @@ def _audit(settings: list[str], config_dir: str | None) -> int:
     for line in audit_lines(output_dir, found):
         print(line)
     return 0 if found.passed else 1
+
+
+def _switch(words: list[str], name: str) -> bool:
+    """The value of `name=true|false`, taken out of the words."""
+    found = [word for word in words if word.startswith(f"{name}=")]
+    for word in found:
+        words.remove(word)
+        if word.partition("=")[2] not in ("true", "false"):
+            raise UsageError(f"{word}: expected {name}=true or {name}=false.")
+    return bool(found) and found[-1].endswith("=true")
 
 
 def _taken(words: list[str], flag: str) -> str | None:

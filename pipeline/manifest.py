@@ -8,25 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import RunFailed
-from pipeline.plan import Plan
+from pipeline.status import Status
 from pipeline.write.file import replace_file
-from pipeline.write.shard import published_shards
 
 
-def write_manifest(output_dir: Path, plan: Plan) -> bool:
+def write_manifest(output_dir: Path, status: Status) -> bool:
     """Write the manifest and clear away work/ once every shard is published; False while some are not.
 
     Raises:
         RunFailed: the manifest could not be written.
     """
-    shards = published_shards(output_dir / "data", plan.plan_id)
-    if len(shards) < plan.num_shards:
+    if not status.complete:
         return False
-    errors: Counter[str] = Counter()
-    numerics: Counter[str] = Counter()
-    for summary in shards.values():
-        errors.update(summary.errors)
-        numerics[json.dumps(dict(summary.numerics), sort_keys=True)] += 1
+    plan, errors = status.plan, status.errors
+    numerics = Counter(json.dumps(dict(summary.numerics), sort_keys=True) for summary in status.shards.values())
     content = {
         "plan_id": plan.plan_id,
         "fingerprint": plan.fingerprint,
@@ -37,9 +32,9 @@ def write_manifest(output_dir: Path, plan: Plan) -> bool:
         "num_rows": plan.num_rows,
         "num_records": plan.num_records,
         "num_shards": plan.num_shards,
-        "num_errors": errors.total(),
-        "errors": dict(errors.most_common()),
-        "num_generated_tokens": sum(summary.num_generated_tokens for summary in shards.values()),
+        "num_errors": sum(errors.values()),
+        "errors": errors,
+        "num_generated_tokens": sum(summary.num_generated_tokens for summary in status.shards.values()),
     }
     path, work_dir = output_dir / "manifest.json", output_dir / "work"
     text = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace")

@@ -127,7 +127,8 @@ def run(config: RunConfig, rank: int, world: int) -> None:
         finally:
             ledger.close()
             meter.close()
-            meter.write(state, {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {})
+            done_by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
+            meter.write(state, {"num_shards_published": ledger.num_published} | done_by_engine)
 
 
 def planned(config: RunConfig, identity: ModelIdentity) -> Plan:

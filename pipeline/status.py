@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.meter import HEARTBEAT_SECONDS, duration
 from pipeline.plan import PLAN_FILE, Plan, read_plan
 from pipeline.write.journal import count_journal_rows
+from pipeline.write.schema import ShardSummary
 from pipeline.write.shard import published_shards
 
 # A worker that has not been heard of for this long is taken for dead.
@@ -25,11 +26,26 @@ class Status:
     """A run's progress. Records are (row, prompt, sample); with one prompt and one sample they are the rows."""
 
     plan: Plan
-    num_shards_done: int
-    num_published: int  # records in published shards
+    shards: Mapping[int, ShardSummary]  # the published ones, by number
     num_journalled: int  # records in journals of other shards, about: two attempts may have answered the same one
-    errors: Mapping[str, int] = field(default_factory=dict)  # published ones by "stage/type"
     workers: tuple[Mapping[str, Any], ...] = ()  # of this plan, newest first
+
+    @property
+    def num_shards_done(self) -> int:
+        return len(self.shards)
+
+    @property
+    def num_published(self) -> int:
+        """Records in published shards."""
+        return sum(summary.num_rows for summary in self.shards.values())
+
+    @property
+    def errors(self) -> Mapping[str, int]:
+        """Published error records by "stage/type", the commonest first."""
+        found: Counter[str] = Counter()
+        for summary in self.shards.values():
+            found.update(summary.errors)
+        return dict(found.most_common())
 
     @property
     def complete(self) -> bool:
@@ -56,28 +72,23 @@ def read_status(output_dir: Path) -> Status:
     if plan is None:
         raise UsageError(f"{output_dir} holds no run (there is no {PLAN_FILE}). Give its folder as output_dir=...")
     shards = published_shards(output_dir / "data", plan.plan_id)
-    errors: Counter[str] = Counter()
-    for summary in shards.values():
-        errors.update(summary.errors)
     return Status(
         plan=plan,
-        num_shards_done=len(shards),
-        num_published=sum(summary.num_rows for summary in shards.values()),
+        shards=shards,
         num_journalled=sum(_journalled(output_dir, plan, done=shards.keys())),
-        errors=dict(errors.most_common()),
         workers=tuple(sorted(_workers(output_dir, plan), key=lambda worker: -worker["started"])),
     )
 
 
 def status_lines(output_dir: Path, status: Status) -> Iterator[str]:
     """The status as people read it."""
-    plan, num_errors = status.plan, sum(status.errors.values())
+    plan, errors = status.plan, status.errors
     share = status.num_done / plan.num_records if plan.num_records else 1.0
     yield f"folder   {output_dir}"
     yield f"rows     {status.num_done:,} of {plan.num_records:,} done ({share:.1%})"
     yield f"shards   {status.num_shards_done:,} of {plan.num_shards:,} published"
-    yield f"errors   {num_errors:,}" + "".join(
-        f"\n           {number:,} x {kind}" for kind, number in status.errors.items()
+    yield f"errors   {sum(errors.values()):,}" + "".join(
+        f"\n           {number:,} x {kind}" for kind, number in errors.items()
     )
     if status.complete:
         yield "state    done"

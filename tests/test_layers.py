@@ -11,8 +11,8 @@ LAYERS = [
     {"records", "errors", "option", "tally"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
     {"plan", "preparation"},
-    {"feed", "config", "status", "audit", "manifest"},
-    {"compose", "run"},
+    {"feed", "config", "status", "audit"},
+    {"compose", "run", "manifest"},
     {"__main__"},
 ]
 

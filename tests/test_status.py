@@ -101,10 +101,10 @@ assert not {{"torch", "transformers", "datasets"}} & set(sys.modules)
 
 
 def test_a_finished_run_gets_a_manifest_and_loses_its_work_folder(tmp_path: Path) -> None:
-    plan = finished_run(tmp_path)
+    finished_run(tmp_path)
     for stray in ("part-00000.dead.journal", "part-00001.dead.parquet", "part-00000.claim", "plan.json.0f.tmp"):
         (tmp_path / "work" / stray).write_bytes(b"left by a kill")
-    assert write_manifest(tmp_path, plan) is True
+    assert write_manifest(tmp_path, read_status(tmp_path)) is True
     assert not (tmp_path / "work").exists()
     content = json.loads((tmp_path / "manifest.json").read_text())
     assert (content["num_rows"], content["num_errors"], content["num_generated_tokens"]) == (6, 0, 18)
@@ -113,10 +113,10 @@ def test_a_finished_run_gets_a_manifest_and_loses_its_work_folder(tmp_path: Path
 
 
 def test_a_further_start_of_a_finished_run_changes_no_byte(tmp_path: Path) -> None:
-    plan = finished_run(tmp_path)
-    write_manifest(tmp_path, plan)
+    finished_run(tmp_path)
+    write_manifest(tmp_path, read_status(tmp_path))
     before = tree(tmp_path)
-    assert write_manifest(tmp_path, plan) is True
+    assert write_manifest(tmp_path, read_status(tmp_path)) is True
     assert tree(tmp_path) == before
     assert not (tmp_path / "work").exists()
 
@@ -127,19 +127,19 @@ def test_an_unfinished_run_has_no_manifest_and_keeps_its_journals(tmp_path: Path
     work(ledger, plan, plan.shard(0), list(keys_of(plan, plan.shard(0)))[:1])
     ledger.close()
     before = tree(tmp_path)
-    assert write_manifest(tmp_path, plan) is False
+    assert write_manifest(tmp_path, read_status(tmp_path)) is False
     assert tree(tmp_path) == before
 
 
 def test_notes_that_somebody_keeps_in_work_stay(tmp_path: Path) -> None:
-    plan = finished_run(tmp_path)
+    finished_run(tmp_path)
     (tmp_path / "work/notes.txt").write_text("mine")
-    assert write_manifest(tmp_path, plan) is True
+    assert write_manifest(tmp_path, read_status(tmp_path)) is True
     assert (tmp_path / "work/notes.txt").read_text() == "mine"
 
 
 def test_a_manifest_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    plan = finished_run(tmp_path)
+    finished_run(tmp_path)
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(RunFailed, match=r"manifest\.json cannot be written"):
-        write_manifest(tmp_path, plan)
+        write_manifest(tmp_path, read_status(tmp_path))

@@ -39,7 +39,7 @@ def test_a_job_from_an_empty_folder_to_right_answers(vlm_batch: CommandLine, tmp
     assert before == {path: path.read_bytes() for path in (tmp_path / "answers" / "data").iterdir()}
 
     assert "none missing, none doubled" in vlm_batch("audit", "output_dir=answers").stdout
-    assert "state    done" in vlm_batch("status", "output_dir=answers").stdout
+    assert "state    done" in vlm_batch("status", "output_dir=answers", "watch=true").stdout
     assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == [
         "data", "manifest.json", "plan", "plan.json", "stats",
     ]  # fmt: skip
