@@ -122,10 +122,17 @@ def _schema(plan: Plan, columns: pa.Schema) -> pa.Schema:
     """The columns that every shard of the plan has."""
     settings = plan.settings
     options = WriteConfig(
-        prefix=settings.get("write.prefix", ""), response_column=settings.get("write.response_column", "response")
+        prefix=settings["write.prefix"],
+        response_column=settings["write.response_column"],
+        keep_images=settings["write.keep_images"],
     )
-    keep, id_column = settings.get("dataset.columns"), settings.get("dataset.id_column")
-    return output_schema(options, columns, keep, id_column).published
+    return output_schema(
+        options,
+        columns,
+        keep=settings["dataset.columns"],
+        id_column=settings["dataset.id_column"],
+        image_column=settings["dataset.image_column"],
+    ).published
 
 
 def _audit_shard(

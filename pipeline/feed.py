@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.dataset.base import Dataset
-from pipeline.errors import RunFailed
+from pipeline.errors import RowFault, RunFailed
 from pipeline.plan import Plan
 from pipeline.preparation import Task
-from pipeline.records import RecordKey, Shard
+from pipeline.prompt.image import image_bytes
+from pipeline.records import ImageRef, RecordKey, Row, Shard
 from pipeline.write.claim import Claims
 from pipeline.write.ledger import Ledger
 from pipeline.write.shard import published_shards
@@ -19,11 +21,20 @@ _POLL_SECONDS = 1.0
 
 
 class Feed:
-    """The tasks of one worker."""
+    """The tasks of one worker. image_column: where the output keeps the images, None if it does not."""
 
-    def __init__(self, output_dir: Path, plan: Plan, dataset: Dataset, ledger: Ledger, claims: Claims) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        plan: Plan,
+        dataset: Dataset,
+        ledger: Ledger,
+        claims: Claims,
+        image_column: str | None = None,
+    ) -> None:
         self._data_dir = output_dir / "data"
         self._plan, self._dataset, self._ledger, self._claims = plan, dataset, ledger, claims
+        self._image_column = image_column
         self._in_work: list[Shard] = []
 
     def streams(self, shards: Sequence[Shard]) -> Iterator[Iterator[Task]]:
@@ -58,13 +69,20 @@ class Feed:
             for row in self._dataset.rows(shard.start, shard.stop):
                 keys = tuple(key for key in self._keys(row.index) if key not in answered)
                 if keys:
-                    self._ledger.expect(row, keys, shard)
+                    self._ledger.expect(self._kept(row), keys, shard)
                     yield Task(row, keys)
 
     def _keys(self, row_index: int) -> Iterator[RecordKey]:
         for name in self._plan.prompt_names:
             for sample_index in range(self._plan.num_samples):
                 yield RecordKey(row_index, name, sample_index)
+
+    def _kept(self, row: Row) -> Row:
+        """The row as the output keeps it: with its images as a column, where they are kept."""
+        if self._image_column is None:
+            return row
+        images = [{"bytes": _bytes(ref), "path": ref.path} for ref in row.images]
+        return replace(row, columns={**row.columns, self._image_column: images})
 
     def _take(self, shard: Shard) -> bool:
         try:
@@ -78,3 +96,10 @@ class Feed:
         for shard in [shard for shard in self._in_work if not self._ledger.is_open(shard)]:
             self._in_work.remove(shard)
             self._claims.release(shard.name)
+
+
+def _bytes(ref: ImageRef) -> bytes | None:
+    try:
+        return image_bytes(ref)
+    except RowFault:  # the worker that opens the image meets the same fault: it is in the row's error record
+        return None

@@ -109,7 +109,8 @@ def run(config: RunConfig, rank: int, world: int) -> None:
         try:
             engine = build_engine(config, identity, batcher, stop)
             meter.loaded()
-            feed = Feed(output_dir, plan, config.dataset.open(inputs), ledger, claims)
+            kept_images = config.dataset.image_column if config.write.keep_images else None
+            feed = Feed(output_dir, plan, config.dataset.open(inputs), ledger, claims, kept_images)
             for tasks in feed.streams(todo):
                 results = meter.waiting(pool.results(tasks))
                 for answer in engine.answers(samples_of(results, record)):
@@ -163,7 +164,15 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
     cap = config.generation.max_new_tokens_column
     if cap is not None and cap not in columns:
         raise UsageError(f"generation.max_new_tokens_column={cap}: there is no such column; the columns are {columns}.")
-    return template, output_schema(config.write, inputs.columns, config.dataset.columns, config.dataset.id_column)
+    dataset = config.dataset
+    schema = output_schema(
+        config.write,
+        inputs.columns,
+        keep=dataset.columns,
+        id_column=dataset.id_column,
+        image_column=dataset.image_column,
+    )
+    return template, schema
 
 
 def my_shards(plan: Plan, rank: int, world: int) -> list[Shard]:

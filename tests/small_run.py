@@ -16,7 +16,17 @@ from pipeline.write.ledger import Ledger
 from pipeline.write.schema import OutputSchema, WriteConfig, output_schema
 
 COLUMNS = pa.schema([("path", pa.string()), ("year", pa.int64())])
-SETTINGS = {"dataset.path": "/photos", "prompt.user": "What is it?", "generation.max_new_tokens": 8, "write.prefix": ""}
+SETTINGS = {
+    "dataset.path": "/photos",
+    "dataset.columns": None,
+    "dataset.id_column": None,
+    "dataset.image_column": "image",
+    "prompt.user": "What is it?",
+    "generation.max_new_tokens": 8,
+    "write.prefix": "",
+    "write.response_column": "response",
+    "write.keep_images": False,
+}
 
 
 def inputs(num_rows: int, *, root: str = "/", columns: pa.Schema = COLUMNS) -> Inputs:
@@ -63,7 +73,7 @@ def new_ledger(
 ) -> Ledger:
     return Ledger(
         output_dir,
-        schema or output_schema(WriteConfig(), columns, None, None),
+        schema or output_schema(WriteConfig(), columns),
         plan_id=plan.plan_id,
         attempt_id=attempt_id,
         prompt_names=plan.prompt_names,

@@ -67,10 +67,11 @@ def test_a_folder_with_a_broken_image_gives_its_neighbours_the_same_answers(
     vlm_batch(*job, "output_dir=clean")
     (pictures / "img3b.png").write_bytes(b"not a picture")
     (pictures / "deep" / "cut.jpg").write_bytes((pictures / "img0.png").read_bytes()[:60])
-    vlm_batch(*job, "output_dir=mixed")
+    vlm_batch(*job, "output_dir=mixed", "write.keep_images=true")
     clean = {row["id"]: row["response"] for row in records(tmp_path / "clean")}
     mixed = {row["id"]: row for row in records(tmp_path / "mixed")}
     assert {name: mixed[name]["response"] for name in clean} == clean
+    assert all(row["image"][0]["bytes"] == (pictures / name).read_bytes() for name, row in mixed.items())
     for name in ("img3b.png", "deep/cut.jpg"):
         assert (mixed[name]["status"], mixed[name]["error_stage"], mixed[name]["response"]) == ("error", "decode", None)
 

@@ -31,9 +31,12 @@ class WriteConfig:
     sync_seconds: float = option(5.0, "at most this many seconds of finished work are lost by a kill", speed=True)
     response_column: str = option("response", "name of the column with the answers")
     prefix: str = option("", "put before the name of each of our columns")
+    keep_images: bool = option(False, "keep the encoded images too, as a list of {bytes, path}")
     compression: str = option("zstd", "Parquet compression: zstd, snappy, gzip, lz4 or none", speed=True)
 
 
+# Images as datasets' Image feature stores them: cast_column(name, List(Image())) makes pictures of them.
+IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 # What differs from record to record: the journal keeps these (and the input columns).
 ANSWER_FIELDS = (
     pa.field("id", pa.string(), nullable=False),
@@ -130,9 +133,16 @@ class OutputSchema:
 
 
 def output_schema(
-    options: WriteConfig, columns: pa.Schema, keep: Sequence[str] | None, id_column: str | None
+    options: WriteConfig,
+    columns: pa.Schema,
+    *,
+    keep: Sequence[str] | None = None,
+    id_column: str | None = None,
+    image_column: str | None = None,
 ) -> OutputSchema:
     """The output's columns, checked.
+
+    keep: input columns that stay; None = all. image_column: where write.keep_images puts the images.
 
     Raises:
         UsageError: an input column has one of our names or a type that Parquet cannot hold, the options name a column
@@ -148,6 +158,8 @@ def output_schema(
     # Ours holds the same value as text, so the input's own `id` would only be a duplicate of it.
     own_id = options.prefix + "id"
     kept = [field for field in kept if not (field.name == id_column and field.name == own_id)]
+    if options.keep_images and image_column is not None:
+        kept = [field for field in kept if field.name != image_column] + [pa.field(image_column, IMAGES)]
     schema = OutputSchema(pa.schema(kept), options.response_column, options.prefix)
     ours = [schema.column(field.name) for field in (*ANSWER_FIELDS, *PLAN_FIELDS)]
     if len(set(ours)) < len(ours):

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_run import FAULT, answer, finished_run, keys_of, new_ledger, new_plan, row, tree, work
+from small_run import FAULT, SETTINGS, answer, finished_run, keys_of, new_ledger, new_plan, row, tree, work
 
 from pipeline.audit import audit
 from pipeline.errors import RunFailed
@@ -424,10 +424,10 @@ def test_a_column_is_kept_as_it_came(tmp_path: Path) -> None:
 
 def test_other_names_for_our_columns_reach_file_and_audit(tmp_path: Path) -> None:
     options = WriteConfig(prefix="vlm_", response_column="caption")
-    settings = {"dataset.path": "/", "write.prefix": "vlm_", "write.response_column": "caption"}
+    settings = SETTINGS | {"write.prefix": "vlm_", "write.response_column": "caption"}
     columns = pa.schema([("response", pa.string()), ("id", pa.int64())])
     plan = new_plan(tmp_path, 3, settings=settings, columns=columns)
-    schema = output_schema(options, columns, None, None)
+    schema = output_schema(options, columns)
     ledger = new_ledger(tmp_path, plan, schema=schema)
     shard = plan.shard(0)
     ledger.open(shard)
