@@ -28,7 +28,7 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from pipeline.config import RunConfig, register_schemas
+from pipeline.config import RunConfig, check_ranges, register_schemas
 from pipeline.errors import UsageError
 from pipeline.option import doc_of
 
@@ -68,6 +68,7 @@ def compose(words: Sequence[str], *, config_dir: str | None = None) -> Composed:
                 f"{entry.name}: the chosen YAML file does not say which options it sets. Its first line has to be "
                 f"'defaults: [CHOICE_schema, _self_]', where CHOICE is one of {', '.join(choices()[entry.name])}."
             )
+    check_ranges(config)
     return Composed(config, OmegaConf.to_yaml(tree, resolve=True))
 
 

@@ -22,7 +22,8 @@ from pipeline.dataset.images import ImagesConfig
 from pipeline.dataset.jsonl import JsonlConfig
 from pipeline.dataset.parquet import ParquetConfig
 from pipeline.dataset.webdataset import WebdatasetConfig
-from pipeline.option import is_speed_only, option
+from pipeline.errors import UsageError
+from pipeline.option import is_speed_only, option, range_problem
 from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
 from pipeline.vlm.options import EngineConfig, GenerationConfig, GreedyConfig, SampleConfig, StaticConfig, VlmConfig
 from pipeline.write.schema import WriteConfig
@@ -42,9 +43,15 @@ class RunConfig:
     output_dir: str | None = option(None, "folder of the results; null = outputs/ and the dataset's kind", speed=True)
     seed: int = option(42, "of generation=sample; each row has a seed of its own, made from this one")
     max_error_rate: float | None = option(
-        0.05, "share of error rows that stops the run, once 200 rows are done; null = never", speed=True
+        0.05,
+        "share of error rows that stops the run, once 200 rows are done; null = never",
+        speed=True,
+        least=0,
+        most=1,
     )
-    grace_seconds: float = option(20.0, "time to finish what is in flight after SIGTERM, SIGUSR1 or SIGINT", speed=True)
+    grace_seconds: float = option(
+        20.0, "seconds to finish what is in flight after SIGTERM, SIGUSR1 or SIGINT", speed=True, least=0
+    )
 
     @property
     def output_path(self) -> Path:
@@ -76,6 +83,20 @@ def register_schemas() -> None:
     for group, schemas in choices.items():
         for name, node in schemas.items():
             store(group=group, name=f"{name}_schema", node=node)
+
+
+def check_ranges(node: Any, prefix: str = "") -> None:
+    """Compare every number with the range of its option.
+
+    Raises:
+        UsageError: one lies outside.
+    """
+    for entry in fields(node):
+        value = getattr(node, entry.name)
+        if is_dataclass(value):
+            check_ranges(value, f"{prefix}{entry.name}.")
+        elif problem := range_problem(entry, value):
+            raise UsageError(f"{prefix}{entry.name}={value}: {problem}.")
 
 
 def answer_settings(config: RunConfig) -> dict[str, Any]:

@@ -296,3 +296,18 @@ def test_composing_leaves_no_trace_of_the_one_before(tmp_path: Path) -> None:
     assert config("prompt=mine", "seed=1", config_dir=folder).seed == 1
     assert config().seed == 42
     assert "mine" not in choices()["prompt"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "write.shard_rows=0",
+        "write.sync_seconds=0",
+        "write.sync_seconds=nan",
+        "engine.max_batch_rows=-3",
+        "max_error_rate=2",
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_its_key(word: str) -> None:
+    with pytest.raises(UsageError, match=f"{word.partition('=')[0]}=.*expected at"):
+        compose([word])

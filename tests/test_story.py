@@ -14,7 +14,7 @@ import datasets
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-from conftest import CommandLine
+from conftest import CommandLine, wait_for_journal
 from PIL import Image
 
 
@@ -134,15 +134,6 @@ def test_a_signal_before_the_first_answer_asks_for_another_start(tmp_path: Path)
     assert process.returncode == 75, said
 
 
-def wait_for_journal(output_dir: Path, process: subprocess.Popen[str]) -> None:
-    """Until the first answers are on disk."""
-    deadline = time.monotonic() + 120
-    while not any(path.stat().st_size > 1000 for path in (output_dir / "work").glob("*.journal")):
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        assert time.monotonic() < deadline, "no answer within two minutes"
-        time.sleep(0.05)
-
-
 def test_a_run_that_is_broken_as_a_whole_stops_and_says_why(vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Over the error budget: exit code 1 and the commonest error; a raised budget goes on to the end."""
     pictures = tmp_path / "pictures"
@@ -164,6 +155,8 @@ def test_what_is_wrong_is_said_before_a_model_loads(vlm_batch: CommandLine, tmp_
         (["run", "dataset=image"], 2, "Did you mean 'images'"),
         (["runn"], 2, "Did you mean 'run'"),
         (["run", "dataset.max_rows=many"], 2, "dataset.max_rows"),
+        (["run", "engine.max_batch_rows=0"], 2, "engine.max_batch_rows=0: expected at least 1"),
+        (["run", "max_error_rate=5"], 2, "max_error_rate=5.0: expected at most 1"),
         (["run", "prompt.user={{ qestion }}"], 2, "question"),
         (["run", "prompt.user={{ question"], 2, "prompt.user"),
         (["run", "dataset=images", "dataset.path=nowhere"], 2, "nowhere"),

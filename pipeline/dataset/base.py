@@ -64,7 +64,7 @@ class DatasetConfig:
     id_column: str | None = option(None, "column that names a row; null = relative path of the file, else row_index")
     columns: list[str] | None = option(None, "input columns to keep in the output; null = all (image bytes never)")
     messages_column: str | None = option(None, "column with a ready-made conversation; null = use the prompt template")
-    max_rows: int | None = option(None, "stop after this many rows; null = all")
+    max_rows: int | None = option(None, "stop after this many rows; null = all", least=0)
     root: str | None = option(None, "folder that image paths found in rows are relative to and must stay inside")
     allow_urls: bool = option(False, "accept http(s) URLs as images")
 

@@ -50,11 +50,19 @@ class EngineConfig:
 
     kind: ClassVar[str] = ""
 
-    max_batch_rows: int = option(64, "rows in a batch", speed=True)
-    max_batch_tokens: int = option(65_536, "padded prompt tokens plus max_new_tokens, over a batch", speed=True)
-    num_workers: int | None = option(None, "processes that open and encode images; null = from the cores", speed=True)
-    worker_memory_bytes: int = option(2 << 30, "memory a worker may take above its own baseline", speed=True)
-    worker_timeout_seconds: float = option(120.0, "a row that takes a worker longer becomes an error row", speed=True)
+    max_batch_rows: int = option(64, "rows in a batch", speed=True, least=1)
+    max_batch_tokens: int = option(
+        65_536, "padded prompt tokens plus max_new_tokens, over a batch", speed=True, least=1
+    )
+    num_workers: int | None = option(
+        None, "processes that open and encode images; null = from the cores", speed=True, least=1
+    )
+    worker_memory_bytes: int = option(
+        2 << 30, "memory a worker may take above its own baseline, in bytes", speed=True, least=1
+    )
+    worker_timeout_seconds: float = option(
+        120.0, "seconds; a row that takes a worker longer becomes an error row", speed=True, least=0.1
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,12 +78,12 @@ class GenerationConfig:
 
     kind: ClassVar[str] = ""
 
-    max_new_tokens: int = option(256, "tokens of an answer at most")
+    max_new_tokens: int = option(256, "tokens of an answer at most", least=1)
     max_new_tokens_column: str | None = option(None, "column with a row's own cap (never above max_new_tokens)")
     ignore_eos: bool = option(False, "go on to max_new_tokens whatever the model says (benchmarks)")
     stop: list[str] = option(doc="strings that end an answer; they are not part of it", factory=list)
-    repetition_penalty: float | None = option(None, "above 1 makes tokens of prompt and answer less likely")
-    n: int = option(1, "answers per prompt")
+    repetition_penalty: float | None = option(None, "above 1 makes tokens of prompt and answer less likely", least=0.01)
+    n: int = option(1, "answers per prompt", least=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,6 +99,8 @@ class SampleConfig(GenerationConfig):
 
     kind: ClassVar[str] = "sample"
 
-    temperature: float | None = option(None, "1 = as trained, lower = nearer to greedy")
-    top_p: float | None = option(None, "draw from the likeliest tokens that hold this share of the probability")
-    top_k: int | None = option(None, "draw from this many likeliest tokens; 0 = all")
+    temperature: float | None = option(None, "1 = as trained, lower = nearer to greedy", least=0)
+    top_p: float | None = option(
+        None, "draw from the likeliest tokens that hold this share of the probability", least=0, most=1
+    )
+    top_k: int | None = option(None, "draw from this many likeliest tokens; 0 = all", least=0)

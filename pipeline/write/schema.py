@@ -27,8 +27,12 @@ _NAMES = pa.dictionary(pa.int32(), pa.string())
 class WriteConfig:
     """How the output is cut, named and synced."""
 
-    shard_rows: int = option(1000, "input rows in one output file; fixed by the plan at the first start", speed=True)
-    sync_seconds: float = option(5.0, "at most this many seconds of finished work are lost by a kill", speed=True)
+    shard_rows: int = option(
+        1000, "input rows in one output file; fixed by the plan at the first start", speed=True, least=1
+    )
+    sync_seconds: float = option(
+        5.0, "at most this many seconds of finished work are lost by a kill", speed=True, least=0.01
+    )
     response_column: str = option("response", "name of the column with the answers")
     prefix: str = option("", "put before the name of each of our columns")
     keep_images: bool = option(False, "keep the encoded images too, as a list of {bytes, path}")
@@ -181,10 +185,6 @@ def output_schema(
 
 
 def _check_options(options: WriteConfig) -> None:
-    if options.shard_rows < 1:
-        raise UsageError(f"write.shard_rows={options.shard_rows}: expected a number of rows, at least 1.")
-    if not options.sync_seconds > 0:
-        raise UsageError(f"write.sync_seconds={options.sync_seconds:g}: expected a time in seconds, above 0.")
     if not options.response_column:
         raise UsageError("write.response_column is empty: expected the name of a column.")
     if problem := _unwritable(pa.string(), options.compression):

@@ -61,9 +61,6 @@ def test_a_kept_column_that_is_not_there_is_an_error_with_the_columns() -> None:
     "options",
     [
         {"compression": "zstdd"},
-        {"shard_rows": 0},
-        {"sync_seconds": 0.0},
-        {"sync_seconds": float("nan")},
         {"response_column": ""},
     ],
     ids=str,
