@@ -97,14 +97,19 @@ def _run(settings: list[str], config_dir: str | None) -> int:
     fresh = [worker for worker in status.workers if worker["started"] >= started]
     if not fresh:
         print(f"All {status.plan.num_records:,} rows are done already; no model was loaded.")
+        print(f"input    as listed {status.plan.created}; what was added since needs another output_dir")
     for line in status_lines(output_dir, status):
         print(line)
     for worker in fresh:
+        for kind, example in worker["error_examples"].items():
+            print(f"example  {kind}: {example}")
         waited = worker["waiting_for_input_seconds"] / max(1e-9, worker["seconds"] - worker["loading_seconds"])
         print(
             f"speed    {worker['rows_per_second']:.1f} rows/s, {worker['tokens_per_second']:.0f} tokens/s, "
             f"{waited:.0%} of the time waiting for input"
         )
+    if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):
+        print("warning  every row failed; the examples above say why")
     print(f"data     {output_dir / 'data'}/part-*.parquet")
     return 0
 

@@ -12,6 +12,7 @@ from types import FrameType
 from pipeline.errors import Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_AT_ONCE = "Ctrl-C three times exits at once."
 _MARGIN_SECONDS = 5.0  # a batch that no check of `expired` interrupts is given up after this
 
 
@@ -38,6 +39,15 @@ class Interruption:
     def expired(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
 
+    def check(self) -> None:
+        """Raise if a stop was requested.
+
+        Raises:
+            Interrupted: with the way to go on.
+        """
+        if self.requested:
+            raise Interrupted("Stopped by a signal; what is finished is on disk. Run the same command again to go on.")
+
     def on_request(self, action: Callable[[], None]) -> None:
         """Call `action` when a stop is requested; at once if it was requested already."""
         self._on_request.append(action)
@@ -62,6 +72,10 @@ class Interruption:
         if self._deadline is not None:
             return
         self._deadline = time.monotonic() + self._grace_seconds
+        # Not print(): a handler may interrupt another write to the same stream.
+        os.write(
+            2, f"\n{signal.Signals(number).name}: stopping, within {self._grace_seconds:g} s. {_AT_ONCE}\n".encode()
+        )
         timer = threading.Timer(self._grace_seconds + _MARGIN_SECONDS, self._give_up)
         timer.daemon = True
         timer.start()

@@ -38,10 +38,6 @@ class Meter:
         self.waiting_for_input_seconds = 0.0
         self.loading_seconds = 0.0
         self._bar: Any = None
-        if self._stream.isatty():
-            self._bar = tqdm(
-                total=tally.num_records, initial=tally.num_done, unit="row", file=self._stream, smoothing=0.05
-            )
 
     @property
     def seconds(self) -> float:
@@ -61,6 +57,11 @@ class Meter:
         """The model is loaded: answers can come from here on."""
         self.loading_seconds = self.seconds
         self._last_line = time.monotonic()
+        tally = self._tally
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=tally.num_records, initial=tally.num_done, unit="row", file=self._stream, smoothing=0.05
+            )
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
         """Pass items through, and time how long the engine waited for them."""
@@ -82,8 +83,7 @@ class Meter:
         if now - self._last_heartbeat >= HEARTBEAT_SECONDS:
             self._last_heartbeat = now
             self.write("running", {})
-            if self._bar is not None:
-                self._bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s, {self._tally.num_errors} errors")
+            self._postfix()
         if self._bar is None and now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
             print(self._line(), file=self._stream, flush=True)
@@ -106,6 +106,7 @@ class Meter:
             "num_generated_tokens": tally.num_generated_tokens,
             "rows_per_second": round(self.rows_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
+            "error_examples": tally.examples,
         }
         beside = self._path.with_suffix(".tmp")
         try:
@@ -117,7 +118,12 @@ class Meter:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.update(self._tally.num_done - self._bar.n)
+            self._postfix()
             self._bar.close()
+
+    def _postfix(self) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s, {self._tally.num_errors} errors")
 
     def _line(self) -> str:
         tally = self._tally

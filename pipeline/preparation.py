@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -104,10 +105,16 @@ class Preparation:
         if column is None:
             return None
         value = row.columns.get(column)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if value is None:
+            return None  # this row has no cap of its own
+        try:
+            cap = float(value)  # CSV has only text, and pandas makes 20.0 of 20 where a column has nulls
+        except (TypeError, ValueError):
+            cap = math.nan
+        if isinstance(value, bool) or not cap.is_integer() or cap < 1:
             message = f"{column} is {value!r}; expected a whole number of tokens, at least 1"
             raise RowFault(Stage.TEMPLATE, "TokenCap", message)
-        return value
+        return int(cap)
 
     def _room(self, num_prompt_tokens: int, cap: int | None) -> int:
         """Tokens that the answer may take: its caps, and what the prompt leaves of the model's context."""

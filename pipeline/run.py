@@ -56,6 +56,12 @@ def run(config: RunConfig, rank: int, world: int) -> None:
         Interrupted: a signal came; what is finished is on disk.
         RunFailed: the run cannot go on; what is finished is on disk.
     """
+    with Interruption(config.grace_seconds) as stop:
+        run_share(config, rank, world, stop)
+
+
+def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> None:
+    """The story itself: plan, workers, engine, ledger."""
     output_dir = config.output_path
     identity = identify(config.vlm)
     plan = planned(config, identity)
@@ -66,6 +72,13 @@ def run(config: RunConfig, rank: int, world: int) -> None:
     todo = [shard for shard in my_shards(plan, rank, world) if shard.number not in done]
     if not todo:
         return  # before anything heavy is imported
+    stop.check()
+    log.info(
+        "%s rows to answer in %s shards, %s done already; loading the model ...",
+        f"{plan.num_records - tally.num_done:,}",
+        f"{len(todo):,}",
+        f"{tally.num_done:,}",
+    )
 
     make_folders(output_dir)
     inputs = read_inputs(output_dir, plan)
@@ -99,11 +112,7 @@ def run(config: RunConfig, rank: int, world: int) -> None:
         meter.show()
 
     state = "failed"
-    with (
-        Interruption(config.grace_seconds) as stop,
-        claims,
-        workers(config, plan, identity, template, batcher) as pool,
-    ):
+    with claims, workers(config, plan, identity, template, batcher) as pool:
         stop.on_request(pool.stop_feeding)
         stop.last_words = ledger.sync
         try:
@@ -118,8 +127,7 @@ def run(config: RunConfig, rank: int, world: int) -> None:
                 if stop.requested:
                     break
             if left := feed.unpublished(todo):
-                if stop.requested:
-                    raise Interrupted("Stopped by a signal. Run the same command again to go on.")
+                stop.check()
                 raise RunFailed(f"the work ended with {len(left)} shards unfinished: a bug")
             state = "done"
         except Interrupted:

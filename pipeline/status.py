@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.meter import HEARTBEAT_SECONDS, duration
 from pipeline.plan import PLAN_FILE, Plan, read_plan
+from pipeline.write.claim import is_alive
 from pipeline.write.journal import count_journal_rows
 from pipeline.write.schema import ShardSummary
 from pipeline.write.shard import published_shards
@@ -58,8 +60,14 @@ class Status:
     @property
     def running(self) -> list[Mapping[str, Any]]:
         """Workers that are at work now."""
-        now = time.time()
-        return [w for w in self.workers if w["state"] == "running" and now - w["updated"] < _SILENCE_SECONDS]
+        now, host = time.time(), socket.gethostname()
+        return [
+            worker
+            for worker in self.workers
+            if worker["state"] == "running"
+            and now - worker["updated"] < _SILENCE_SECONDS
+            and (worker["host"] != host or is_alive(worker["pid"]))
+        ]
 
 
 def read_status(output_dir: Path) -> Status:

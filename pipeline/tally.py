@@ -6,6 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pipeline.records import Answer
+
+_MAX_EXAMPLE_CHARACTERS = 300
+
 
 @dataclass(slots=True)
 class Tally:
@@ -16,6 +20,7 @@ class Tally:
     num_done: int = 0  # resumed ones included
     num_generated_tokens: int = 0  # by this start
     errors: Counter[str] = field(default_factory=Counter)  # "stage/type" -> records, resumed ones included
+    examples: dict[str, str] = field(default_factory=dict)  # "stage/type" -> id and message of this start's first
 
     @property
     def num_errors(self) -> int:
@@ -31,8 +36,10 @@ class Tally:
         self.num_done += num_records
         self.errors.update(errors)
 
-    def add(self, error: str | None, num_generated_tokens: int) -> None:
+    def add(self, answer: Answer) -> None:
         self.num_done += 1
-        self.num_generated_tokens += num_generated_tokens
-        if error is not None:
+        self.num_generated_tokens += answer.num_generated_tokens or 0
+        if answer.fault is not None:
+            error = f"{answer.fault.stage}/{answer.fault.kind}"
             self.errors[error] += 1
+            self.examples.setdefault(error, f"{answer.id}: {answer.fault.message}"[:_MAX_EXAMPLE_CHARACTERS])

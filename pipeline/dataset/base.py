@@ -66,7 +66,9 @@ class DatasetConfig:
     messages_column: str | None = option(None, "column with a ready-made conversation; null = use the prompt template")
     max_rows: int | None = option(None, "stop after this many rows; null = all", least=0)
     root: str | None = option(None, "folder that image paths found in rows are relative to and must stay inside")
-    allow_urls: bool = option(False, "accept http(s) URLs as images")
+    allow_urls: bool = option(
+        False, "accept http(s) URLs as images; they are not fetched yet, so such rows are error rows"
+    )
 
     def scan(self) -> Inputs:
         """List and count the source.

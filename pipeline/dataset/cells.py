@@ -121,7 +121,7 @@ def _path_of(text: str, origin: Origin) -> str:
     if text[:8].lower().startswith(("http://", "https://")):
         if origin.allow_urls and "::" not in text:  # "::" would chain file systems
             return text
-        raise _fault("UrlsNotAllowed", f"{_short(text)} is a URL; dataset.allow_urls=true fetches http and https")
+        raise _fault("UrlsNotAllowed", f"{_short(text)} is a URL, and images are not fetched from the web")
     if _SCHEME.match(text):
         raise _fault("UrlsNotAllowed", f"{_short(text)}: only paths, http(s) URLs and data URIs are read from rows")
     if len(text) > _MAX_PATH or "\0" in text:

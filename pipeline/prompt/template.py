@@ -26,6 +26,7 @@ from pipeline.prompt.sandbox import Sandbox, TemplateLimit
 from pipeline.records import ImageRef, Prompt, Row, Stage
 
 DEFAULT_NAME = "default"
+_OTHERS = "Set prompt.user, or choose another prompt: prompt=describe, caption_short, ocr or tags."
 # What an expression of a template can raise on the values of one row.
 RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -216,7 +217,7 @@ class Template:
         if "_image" in unknown and not image:
             raise UsageError(f"{key} uses image(), which has a place in prompt.user and prompt.variants only")
         for name in sorted(unknown - set(columns) - {"_image", "row", "num_images"}):
-            raise UsageError(f"{key} uses {name!r}, which is not a column.{_hint(name, columns)}")
+            raise UsageError(f"{key} uses {name!r}, which is not a column.{_hint(name, columns)} {_OTHERS}")
         used = tuple(name for name in columns if name in read)
         return _Compiled(code, used, "row" in read and "row" not in columns, bool(source.strip()))
 

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 # glibc gives large temporaries back to the system and faults them in again for each image; keeping them is worth up to
@@ -88,6 +89,8 @@ def environment() -> Iterator[None]:
     Variables (the user's own setting of one of them holds), and blocked signals: one to the whole process group must
     not end it while it imports.
     """
+    # First, and outside: starting it unblocks SIGINT and SIGTERM, and the fork server would start it.
+    resource_tracker.ensure_running()
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RunFailed
+from pipeline.errors import RunFailed, UsageError
 from pipeline.vlm.options import Dtype, VlmConfig
 
 DEMO = "demo"
@@ -78,7 +78,7 @@ def _folder(options: VlmConfig) -> tuple[Path, str | None]:
     if path.is_dir():
         return path.resolve(), None
     if path.exists() or options.path.startswith((".", "/", "~")) or options.path.count("/") > 1:
-        raise RunFailed(
+        raise UsageError(
             f"vlm.path={options.path}: no such folder. Expected a model folder or a hub name such as org/model."
         )
     from huggingface_hub import snapshot_download

@@ -115,7 +115,7 @@ class Claims:
         claim = _read(path)
         if claim == self._own:
             return True
-        if claim.host == self._own.host and not _is_alive(claim.pid):
+        if claim.host == self._own.host and not is_alive(claim.pid):
             return True
         try:
             # A date in the future is as stale as one in the past: a live owner would have touched it since.
@@ -140,7 +140,8 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host is there."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -160,8 +160,7 @@ class Ledger:
             expected.num_missing -= 1
             if not expected.num_missing:
                 del self._rows[answer.key.row_index]
-            fault = answer.fault
-            self._tally.add(f"{fault.stage}/{fault.kind}" if fault else None, answer.num_generated_tokens or 0)
+            self._tally.add(answer)
         self._publish_if_complete(current)
 
     def sync(self) -> None:

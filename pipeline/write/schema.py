@@ -40,7 +40,8 @@ class WriteConfig:
 
 
 # Images as datasets' Image feature stores them: cast_column(name, List(Image())) makes pictures of them.
-IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+# Large: a shard of photographs has more than the 2 GiB that 32-bit offsets reach.
+IMAGES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 # What differs from record to record: the journal keeps these (and the input columns).
 ANSWER_FIELDS = (
     pa.field("id", pa.string(), nullable=False),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline.errors import RunFailed
+from pipeline.errors import RunFailed, UsageError
 from pipeline.vlm.identity import ModelIdentity, identify
 from pipeline.vlm.options import VlmConfig
 
@@ -98,12 +98,12 @@ def test_a_damaged_or_unwritable_cache_only_costs_time(folder: Path, cache: Path
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "~/nowhere/at/all"])
 def test_a_missing_folder_is_named(path: str) -> None:
-    with pytest.raises(RunFailed, match=f"{path}: no such folder"):
+    with pytest.raises(UsageError, match=f"{path}: no such folder"):
         identify(VlmConfig(path=path))
 
 
 def test_a_file_is_no_model_folder(folder: Path) -> None:
-    with pytest.raises(RunFailed, match="no such folder"):
+    with pytest.raises(UsageError, match="no such folder"):
         identity_of(folder / "config.json")
 
 
