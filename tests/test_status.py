@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +72,7 @@ def test_a_worker_that_was_heard_of_lately_is_running(tmp_path: Path) -> None:
     plan = new_plan(tmp_path, 6)
     now = time.time()
     worker = {"plan_id": plan.plan_id, "state": "running", "started": now - 60, "updated": now, "rows_per_second": 0.1}
+    worker |= {"host": socket.gethostname(), "pid": os.getpid()}
     heartbeat = tmp_path / "stats/worker-0-x.json"
     heartbeat.write_text(json.dumps(worker))
     (tmp_path / "stats/worker-1-y.json").write_text(json.dumps(worker | {"plan_id": "another"}))
@@ -77,8 +80,11 @@ def test_a_worker_that_was_heard_of_lately_is_running(tmp_path: Path) -> None:
     assert list(status_lines(tmp_path, read_status(tmp_path)))[-1] == (
         "state    running, 1 worker, 0.1 rows/s, 1 min 00 s left"
     )
-    heartbeat.write_text(json.dumps(worker | {"updated": now - 3600}))
-    assert "not running, last heard of as 'running'" in list(status_lines(tmp_path, read_status(tmp_path)))[-1]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for change in ({"updated": now - 3600}, {"pid": ended.pid}):  # silent for an hour; killed a moment ago
+        heartbeat.write_text(json.dumps(worker | change))
+        assert "not running, last heard of as 'running'" in list(status_lines(tmp_path, read_status(tmp_path)))[-1]
 
 
 def test_no_run_is_wrong_usage(tmp_path: Path) -> None:
