@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import RunFailed, UsageError
-from pipeline.plan import PLAN_FILE, Plan, read_inputs, read_plan
+from pipeline.errors import RunFailed
+from pipeline.plan import Plan, plan_of_run, read_inputs
 from pipeline.records import Shard
 from pipeline.write.schema import WriteConfig, output_schema
 from pipeline.write.shard import read_shard, shard_files, shard_summary
@@ -43,9 +43,7 @@ def audit(output_dir: Path) -> Audit:
     Raises:
         UsageError: there is no run in this folder.
     """
-    plan = read_plan(output_dir)
-    if plan is None:
-        raise UsageError(f"{output_dir} holds no run (there is no {PLAN_FILE}). Give its folder as output_dir=...")
+    plan = plan_of_run(output_dir)
     found = Audit(plan.num_records)
     prefix = str(plan.settings.get("write.prefix", ""))
     files = dict(shard_files(output_dir / "data"))

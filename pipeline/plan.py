@@ -121,6 +121,18 @@ def read_plan(output_dir: Path) -> Plan | None:
         ) from None
 
 
+def plan_of_run(output_dir: Path) -> Plan:
+    """The plan of a folder that has to hold a run.
+
+    Raises:
+        UsageError: there is no run in this folder.
+    """
+    plan = read_plan(output_dir)
+    if plan is None:
+        raise UsageError(f"{output_dir} holds no run (there is no {PLAN_FILE}). Give its folder as output_dir=...")
+    return plan
+
+
 def read_inputs(output_dir: Path, plan: Plan) -> Inputs:
     """The source as the plan recorded it.
 

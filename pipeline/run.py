@@ -134,10 +134,12 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
             state = "interrupted"
             raise
         finally:
-            ledger.close()
-            meter.close()
-            done_by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
-            meter.write(state, {"num_shards_published": ledger.num_published} | done_by_engine)
+            try:
+                ledger.close()
+            finally:  # what cannot be journalled must not leave a worker that reads as running
+                meter.close()
+                by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
+                meter.write(state, {"num_shards_published": ledger.num_published} | by_engine)
 
 
 def planned(config: RunConfig, identity: ModelIdentity) -> Plan:

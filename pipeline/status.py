@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UsageError
 from pipeline.meter import HEARTBEAT_SECONDS, duration
-from pipeline.plan import PLAN_FILE, Plan, read_plan
+from pipeline.plan import Plan, plan_of_run
 from pipeline.write.claim import is_alive
 from pipeline.write.journal import count_journal_rows
 from pipeline.write.schema import ShardSummary
@@ -76,9 +75,7 @@ def read_status(output_dir: Path) -> Status:
     Raises:
         UsageError: there is no run in this folder.
     """
-    plan = read_plan(output_dir)
-    if plan is None:
-        raise UsageError(f"{output_dir} holds no run (there is no {PLAN_FILE}). Give its folder as output_dir=...")
+    plan = plan_of_run(output_dir)
     shards = published_shards(output_dir / "data", plan.plan_id)
     return Status(
         plan=plan,
