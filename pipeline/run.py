@@ -28,7 +28,8 @@ from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import Lost, WorkerPool
 from pipeline.tensors.processor import ProcessorSource
-from pipeline.vlm.base import Engine
+from pipeline.vlm.base import Engine, StopSignal
+from pipeline.vlm.generation import effective_settings, log_settings
 from pipeline.vlm.identity import ModelIdentity, identify
 from pipeline.write.claim import Claims
 from pipeline.write.ledger import Ledger
@@ -144,23 +145,30 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
 
 def planned(config: RunConfig, identity: ModelIdentity) -> Plan:
     """The folder's plan, or a new one. What can be known to be wrong is refused before it is written."""
-
-    def scan() -> Inputs:
-        inputs = config.dataset.scan()
-        for warning in inputs.warnings:
-            log.warning("%s", warning)
-        checked(config, inputs)
-        return inputs
-
     return open_plan(
         config.output_path,
-        answer_settings(config) | identity.settings,
-        scan=scan,
+        answer_settings(config)
+        | effective_settings(config.generation, identity.generation_config).fingerprint
+        | identity.settings,
+        scan=partial(scanned, config),
         max_rows=config.dataset.max_rows,
         shard_rows=config.write.shard_rows,
         prompt_names=config.prompt_names,
         num_samples=config.generation.n,
     )
+
+
+def scanned(config: RunConfig) -> Inputs:
+    """The source, listed and counted; what is odd about it is said once.
+
+    Raises:
+        UsageError: the source is not there, or the settings do not fit its columns.
+    """
+    inputs = config.dataset.scan()
+    for warning in inputs.warnings:
+        log.warning("%s", warning)
+    checked(config, inputs)
+    return inputs
 
 
 def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
@@ -194,23 +202,8 @@ def workers(
     config: RunConfig, plan: Plan, identity: ModelIdentity, template: Template, batcher: Batcher
 ) -> WorkerPool[Task, list[EncodedSample | Answer]]:
     """The processes that render, open and encode; they start while the model loads."""
-    options = PreparationOptions(
-        template=template,
-        processor=ProcessorSource(
-            folder=str(identity.folder),
-            options=config.vlm.processor,
-            trust_remote_code=config.vlm.trust_remote_code,
-            plain=config.prompt.format is PromptFormat.plain,
-            max_tokens=identity.max_tokens,
-        ),
-        fingerprint=plan.fingerprint,
-        max_image_pixels=config.prompt.max_image_pixels,
-        allow_urls=config.dataset.allow_urls,
-        max_new_tokens=config.generation.max_new_tokens,
-        max_new_tokens_column=config.generation.max_new_tokens_column,
-    )
     return WorkerPool(
-        partial(Preparation, options),
+        partial(Preparation, preparation_options(config, identity, template, plan.fingerprint)),
         num_workers=config.engine.num_workers or default_num_workers(),
         task_seconds=config.engine.worker_timeout_seconds,
         memory_bytes=config.engine.worker_memory_bytes,
@@ -219,27 +212,51 @@ def workers(
     )
 
 
+def preparation_options(
+    config: RunConfig, identity: ModelIdentity, template: Template, fingerprint: str
+) -> PreparationOptions:
+    """What has to be known to render, open and encode a row."""
+    return PreparationOptions(
+        template=template,
+        processor=ProcessorSource(
+            folder=str(identity.folder),
+            options=config.vlm.processor,
+            trust_remote_code=config.vlm.trust_remote_code,
+            plain=config.prompt.format is PromptFormat.plain,
+            max_tokens=identity.max_tokens,
+        ),
+        fingerprint=fingerprint,
+        max_image_pixels=config.prompt.max_image_pixels,
+        allow_urls=config.dataset.allow_urls,
+        max_new_tokens=config.generation.max_new_tokens,
+        max_new_tokens_column=config.generation.max_new_tokens_column,
+    )
+
+
 def default_num_workers() -> int:
     """Half of the cores this process may use: the other half generates, or feeds the accelerator."""
     return max(1, min(16, len(os.sched_getaffinity(0)) // 2))
 
 
-def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: Interruption) -> Engine:
+def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: StopSignal) -> Engine:
     """Load the model and put an engine around it. torch is imported here, and in the worker processes."""
     from pipeline.vlm.answer import Ending
     from pipeline.vlm.load import load_model
-    from pipeline.vlm.sampling import Sampler, effective_settings
+    from pipeline.vlm.sampling import Sampler
     from pipeline.vlm.static import StaticEngine
 
     num_threads = len(os.sched_getaffinity(0)) - (config.engine.num_workers or default_num_workers())
     loaded = load_model(config.vlm, identity, num_threads=num_threads)
     batcher.pad_id = loaded.pad_id
     generation = config.generation
+    settings = effective_settings(generation, identity.generation_config)
+    log_settings(settings, identity.generation_config)
     return StaticEngine(
         loaded,
         batcher,
-        Sampler(effective_settings(generation, identity.generation_config), config.seed),
+        Sampler(settings.sampling, config.seed),
         Ending(loaded.tokenizer, eos_ids=loaded.eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos),
+        settings=settings,
         max_new_tokens=generation.max_new_tokens,
         stop=stop,
     )

@@ -29,8 +29,10 @@ class Ending:
 
     def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int], stop: Sequence[str], ignore_eos: bool) -> None:
         self._tokenizer = tokenizer
-        self.eos_ids = frozenset() if ignore_eos else frozenset(eos_ids)
-        self._stop = tuple(stop)
+        # Text is decoded without special tokens, so a stop string that is one of them is compared by its number.
+        special = {text: number for text in stop if (number := _special_id(tokenizer, text)) is not None}
+        self.eos_ids = (frozenset() if ignore_eos else frozenset(eos_ids)) | set(special.values())
+        self._stop = tuple(text for text in stop if text not in special)
         # A stop string of n bytes lies in the last n tokens (a token may be part of a character), one more for a token
         # that it begins in the middle of.
         self._num_tail_tokens = max((len(stop.encode()) for stop in self._stop), default=0) + 1
@@ -69,3 +71,8 @@ class Ending:
     def _stops(self, generation: Generation) -> bool:
         tail = self._tokenizer.decode(generation.tokens[-self._num_tail_tokens :], skip_special_tokens=True)
         return any(stop in tail for stop in self._stop)
+
+
+def _special_id(tokenizer: Any, text: str) -> int | None:
+    added = tokenizer.added_tokens_decoder.items()
+    return next((number for number, token in added if token.special and token.content == text), None)

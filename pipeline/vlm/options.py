@@ -84,6 +84,9 @@ class GenerationConfig:
     stop: list[str] = option(doc="strings that end an answer; they are not part of it", factory=list)
     repetition_penalty: float | None = option(None, "above 1 makes tokens of prompt and answer less likely", least=0.01)
     n: int = option(1, "answers per prompt", least=1)
+    extra: dict[str, Any] = option(
+        doc="further arguments of generate(), e.g. {no_repeat_ngram_size: 3} or {num_beams: 4}", factory=dict
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,7 +2,8 @@
 
 Greedy takes the likeliest token. Sampling turns one uniform number per (seed, id, prompt_name, sample_index, step) into
 a token by the inverse of the filtered distribution, so that an answer depends neither on its batch nor on its slot.
-Filters come in transformers' order: repetition penalty, temperature, top_k, top_p.
+Filters come in transformers' order: repetition penalty, temperature, top_k, top_p, then its min_p, typical_p,
+epsilon_cutoff and eta_cutoff.
 
 Shapes: B rows, V tokens of the vocabulary.
 """
@@ -10,48 +11,28 @@ Shapes: B rows, V tokens of the vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from pipeline.records import EncodedSample
-from pipeline.vlm.options import GenerationConfig, SampleConfig
+from pipeline.vlm.generation import SamplingSettings
 
 _MASK = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """The effective settings: the checkpoint's generation_config overridden by generation.*."""
-
-    do_sample: bool
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = all
-    repetition_penalty: float = 1.0
-
-
-def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any]) -> SamplingSettings:
-    """What holds for this run; a value that neither side names has no effect."""
-
-    def value(name: str, neutral: float) -> Any:
-        chosen = getattr(options, name, None)
-        chosen = checkpoint.get(name) if chosen is None else chosen
-        return neutral if chosen is None else chosen
-
-    penalty = float(value("repetition_penalty", 1.0))
-    if not isinstance(options, SampleConfig):
-        return SamplingSettings(do_sample=False, repetition_penalty=penalty)
-    return SamplingSettings(
-        do_sample=True,
-        temperature=float(value("temperature", 1.0)),
-        top_p=float(value("top_p", 1.0)),
-        top_k=int(value("top_k", 0)),
-        repetition_penalty=penalty,
-    )
+_WARPERS = {
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
 
 
 def row_seed(seed: int, sample: EncodedSample) -> int:
@@ -74,6 +55,7 @@ class Sampler:
     def __init__(self, settings: SamplingSettings, seed: int) -> None:
         self.settings = settings
         self._seed = seed
+        self._warpers = [kind(settings.warpers[name]) for name, kind in _WARPERS.items() if name in settings.warpers]
 
     @property
     def needs_history(self) -> bool:
@@ -119,6 +101,11 @@ class Sampler:
         probability_BV = torch.softmax(sorted_BV.double(), -1)
         below_BV = probability_BV.cumsum(-1) - probability_BV  # mass of the likelier tokens
         probability_BV = torch.where(below_BV < settings.top_p, probability_BV, 0.0)
+        if self._warpers:  # blind to the order of the tokens
+            kept_BV = sorted_BV.nan_to_num().masked_fill(probability_BV == 0, -torch.inf)
+            for warper in self._warpers:
+                kept_BV = warper(None, kept_BV)
+            probability_BV = torch.softmax(kept_BV.double(), -1)
         cumulative_BV = probability_BV.cumsum(-1)
         target_B1 = torch.from_numpy(uniform_B).to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
         place_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)

@@ -10,18 +10,28 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from pipeline.records import EncodedSample, PromptFacts, RecordKey
-from pipeline.vlm.options import GreedyConfig, SampleConfig
-from pipeline.vlm.sampling import Sampler, SamplingSettings, effective_settings, row_seed, uniform
+from pipeline.vlm.generation import SamplingSettings
+from pipeline.vlm.sampling import Sampler, row_seed, uniform
 
 NUM_TOKENS = 40
+THEIRS = {  # in the order of generate()
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
 ROW_SEED = 16001562680801378611
 UNIFORM = [0.4877876201124631, 0.03905113226328749, 0.33131422038462555]
 
@@ -107,8 +117,12 @@ def test_top_k_of_one_is_greedy() -> None:
         SamplingSettings(do_sample=True, top_k=5),
         SamplingSettings(do_sample=True, top_p=0.8),
         SamplingSettings(do_sample=True, temperature=1.7, top_k=12, top_p=0.9),
+        SamplingSettings(do_sample=True, warpers={"min_p": 0.05}),
+        SamplingSettings(do_sample=True, temperature=1.5, warpers={"typical_p": 0.9}),
+        SamplingSettings(do_sample=True, top_p=0.95, warpers={"epsilon_cutoff": 0.02}),
+        SamplingSettings(do_sample=True, temperature=1.5, warpers={"eta_cutoff": 0.03, "min_p": 0.05}),
     ],
-    ids=lambda settings: f"t={settings.temperature} k={settings.top_k} p={settings.top_p}",
+    ids=lambda one: f"t={one.temperature} k={one.top_k} p={one.top_p} {dict(one.warpers)}",
 )
 def test_draws_have_the_support_and_the_frequencies_of_transformers_warpers(settings: SamplingSettings) -> None:
     logits_V = logits(1, seed=11)[0]
@@ -117,6 +131,9 @@ def test_draws_have_the_support_and_the_frequencies_of_transformers_warpers(sett
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
+    for name, kind in THEIRS.items():
+        if name in settings.warpers:
+            warpers.append(kind(settings.warpers[name]))
     expected = torch.softmax(warpers(None, logits_V[None].clone()).double(), -1)[0].numpy()
     found = distribution(settings, logits_V)
     assert (found[expected == 0] == 0).all()
@@ -166,27 +183,3 @@ def test_half_precision_logits_are_drawn_from_in_full() -> None:
     flat = torch.zeros(2000, 3000, dtype=torch.bfloat16)
     tokens = drawn(Sampler(SamplingSettings(do_sample=True), 0), flat, [row(number) for number in range(2000)])
     assert len(set(tokens)) > 1300  # of 3000: about 1460 are expected; a bfloat16 sum would know some 256 places
-
-
-# Effective settings --------------------------------------------------------------------------------------------------
-
-
-def test_the_checkpoints_settings_hold_where_the_options_are_null() -> None:
-    checkpoint = {"temperature": 0.1, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
-    assert effective_settings(SampleConfig(), checkpoint) == SamplingSettings(True, 0.1, 0.5, 20, 1.05)
-
-
-def test_an_option_overrides_the_checkpoint() -> None:
-    checkpoint = {"temperature": 0.1, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.05}
-    options = SampleConfig(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
-    assert effective_settings(options, checkpoint) == SamplingSettings(True, 1.0, 1.0, 0, 1.0)
-
-
-def test_what_neither_names_has_no_effect() -> None:
-    assert effective_settings(SampleConfig(), {"temperature": None}) == SamplingSettings(do_sample=True)
-
-
-def test_greedy_stays_greedy_whatever_the_checkpoint_says_and_keeps_its_penalty() -> None:
-    checkpoint = {"do_sample": True, "temperature": 0.1, "repetition_penalty": 1.05}
-    settings = effective_settings(GreedyConfig(), checkpoint)
-    assert settings == SamplingSettings(do_sample=False, repetition_penalty=1.05)

@@ -27,8 +27,9 @@ from pipeline.errors import Interrupted, RunFailed
 from pipeline.records import Answer, EncodedSample, FinishReason, RecordKey
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.answer import Ending
+from pipeline.vlm.generation import GenerationSettings, SamplingSettings
 from pipeline.vlm.load import LoadedModel
-from pipeline.vlm.sampling import Sampler, SamplingSettings
+from pipeline.vlm.sampling import Sampler
 from pipeline.vlm.static import StaticEngine
 
 CAP = 12
@@ -74,14 +75,18 @@ def engine_of(
     settings: SamplingSettings | None = None,
     signal: Stop | None = None,
     is_encoder_decoder: bool = False,
+    processors: dict[str, Any] | None = None,
+    forward: dict[str, Any] | None = None,
 ) -> StaticEngine:
     loaded = LoadedModel(model, tokenizer(), torch.device("cpu"), tuple(eos_ids), PAD, is_encoder_decoder)
     batcher = Batcher(max_rows=max_rows, max_tokens=max_tokens, max_new_tokens=CAP, pad_id=PAD)
+    sampling = settings or SamplingSettings(do_sample=False)
     return StaticEngine(
         loaded,
         batcher,
-        Recorder(settings or SamplingSettings(do_sample=False), seed=7),
+        Recorder(sampling, seed=7),
         Ending(tokenizer(), eos_ids=eos_ids, stop=stop, ignore_eos=ignore_eos),
+        settings=GenerationSettings(sampling, processors or {}, forward or {}),
         max_new_tokens=CAP,
         stop=signal or Stop(),
     )
