@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check models bench gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,10 @@ demo: $(BIN)/vlm-batch  ## the main job on the embedded model and pictures; answ
 test: $(VENV)/.dev  ## all tests that need no GPU (under 10 minutes on two cores)
 	$(BIN)/python -m pytest
 
+models: $(VENV)/.dev  ## every architecture through the whole program (3 minutes), then docs/models.md
+	$(BIN)/python -m pytest tests/models -m "slow or not slow" --deselect tests/models/test_models_page.py
+	$(BIN)/python tests/models/models_page.py
+
 check: $(VENV)/.dev  ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +42,12 @@ check: $(VENV)/.dev  ## ruff, formatting, mypy --strict
 
 bench: $(VENV)/.dev  ## speed against plain transformers, memory, planning: one table, and JSON
 	$(BIN)/python scripts/bench.py --output outputs/bench
+
+# No setup: a Python with CUDA's torch, transformers, accelerate and pytest is enough (make gpu GPU_PYTHON=python3). A check
+# whose package is missing (optimum-quanto, flash-attn, flash-attn-4) says so in the results and is not measured.
+GPU_PYTHON ?= $(BIN)/python
+gpu:  ## models of real size on a CUDA device, under 8 minutes; results in docs/benchmarks/models_gpu.md and .json
+	PYTHONPATH=.:$$PYTHONPATH GPU_RESULTS=docs/benchmarks $(GPU_PYTHON) -m pytest tests/gpu -m gpu -rs -s
 
 clean:  ## remove .venv and caches, keep outputs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -5,15 +5,22 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import Interrupted, UsageError, VlmBatchError
 
+if TYPE_CHECKING:
+    from pipeline.compose import Composed
+
 COMMANDS = {
     "run": "the job: plan if new, resume if not",
+    "preview": "stream the answers of a few rows to the terminal, or converse over images; writes nothing",
     "status": "how far a run is, from its files alone; watch=true shows it every 5 seconds until it is done",
     "audit": "prove that every row of the plan has exactly one record",
 }
@@ -32,6 +39,8 @@ examples
   vlm-batch run                                              the embedded demo, results in outputs/demo
   vlm-batch run dataset=images dataset.path=photos/ prompt=caption_short vlm=auto vlm.path=MODEL
   vlm-batch run experiment=ocr_pages dataset.path=scans/ vlm.path=MODEL output_dir=outputs/scans
+  vlm-batch preview dataset=images dataset.path=photos/ vlm=auto vlm.path=MODEL rows=[0,5] show_prompt=true
+  vlm-batch preview chat=true image=photo.jpg vlm=auto vlm.path=MODEL
   vlm-batch status output_dir=outputs/scans
 
 exit codes: 0 done, 1 failed, 2 wrong usage or settings, 75 interrupted (run the same command again)"""
@@ -70,25 +79,66 @@ def _main(words: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"there is no command {command!r}.{hint} Commands: {', '.join(COMMANDS)}.")
+    call = _call(command, settings, config_dir)
     if wants_help:
-        _print_keys(command, settings, config_dir)
+        _print_keys(command, call)
         return 0
     if "--cfg" in words:
+        print(call.composed().yaml, end="")
+        return 0
+    actions: dict[str, Callable[[_Call], int]] = {
+        "run": _run,
+        "preview": _preview,
+        "status": _status,
+        "audit": _audit,
+    }
+    return actions[command](call)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A command line taken apart: the command's own options, and what sets keys of the configuration."""
+
+    options: Any  # an instance of `schema`, None where the command has no words of its own
+    schema: type | None
+    settings: Sequence[str]
+    config_dir: str | None
+
+    def composed(self) -> Composed:
+        """The configuration, and how it reads as YAML."""
         from pipeline.compose import compose
 
-        print(compose(settings, config_dir=config_dir).yaml, end="")
-        return 0
-    actions: dict[str, Callable[[list[str], str | None], int]] = {"run": _run, "status": _status, "audit": _audit}
-    return actions[command](settings, config_dir)
+        own = [entry.name for entry in fields(self.schema)] if self.schema else []
+        return compose(self.settings, config_dir=self.config_dir, own=own)
 
 
-def _run(settings: list[str], config_dir: str | None) -> int:
-    from pipeline.compose import compose
+def _call(command: str, words: Sequence[str], config_dir: str | None) -> _Call:
+    from pipeline.compose import taken
+
+    schema = _schema(command)
+    options, settings = taken(words, schema) if schema else (None, words)
+    return _Call(options, schema, settings, config_dir)
+
+
+def _schema(command: str) -> type | None:
+    """The options that only this command has."""
+    if command == "preview":
+        from pipeline.preview.options import PreviewOptions
+
+        return PreviewOptions
+    if command == "status":
+        from pipeline.status import StatusOptions
+
+        return StatusOptions
+    return None
+
+
+def _run(call: _Call) -> int:
     from pipeline.manifest import write_manifest
     from pipeline.run import run
     from pipeline.status import read_status, status_lines
 
-    config = compose(settings, config_dir=config_dir).config
+    config = call.composed().config
     output_dir = config.output_path
     started = time.time()
     config.cluster.launch(partial(run, config))
@@ -114,40 +164,33 @@ def _run(settings: list[str], config_dir: str | None) -> int:
     return 0
 
 
-def _status(settings: list[str], config_dir: str | None) -> int:
-    from pipeline.compose import compose
+def _preview(call: _Call) -> int:
+    from pipeline.preview.command import run_preview
+
+    return run_preview(call.composed().config, call.options)
+
+
+def _status(call: _Call) -> int:
     from pipeline.status import read_status, status_lines
 
-    watch = _switch(settings, "watch")
-    output_dir = compose(settings, config_dir=config_dir).config.output_path
+    output_dir = call.composed().config.output_path
     while True:
         status = read_status(output_dir)
         print("\n".join(status_lines(output_dir, status)), flush=True)
-        if not watch or status.complete:
+        if not call.options.watch or status.complete:
             return 0
         time.sleep(_WATCH_SECONDS)
         print()
 
 
-def _audit(settings: list[str], config_dir: str | None) -> int:
+def _audit(call: _Call) -> int:
     from pipeline.audit import audit, audit_lines
-    from pipeline.compose import compose
 
-    output_dir = compose(settings, config_dir=config_dir).config.output_path
+    output_dir = call.composed().config.output_path
     found = audit(output_dir)
     for line in audit_lines(output_dir, found):
         print(line)
     return 0 if found.passed else 1
-
-
-def _switch(words: list[str], name: str) -> bool:
-    """The value of `name=true|false`, taken out of the words."""
-    found = [word for word in words if word.startswith(f"{name}=")]
-    for word in found:
-        words.remove(word)
-        if word.partition("=")[2] not in ("true", "false"):
-            raise UsageError(f"{word}: expected {name}=true or {name}=false.")
-    return bool(found) and found[-1].endswith("=true")
 
 
 def _taken(words: list[str], flag: str) -> str | None:
@@ -169,16 +212,21 @@ def _print_usage(config_dir: str | None) -> None:
     from pipeline.compose import choices
 
     commands = "\n".join(f"  {name:8} {doc}" for name, doc in COMMANDS.items())
-    groups = "\n".join(f"  {group + '=':12} {', '.join(names)}" for group, names in choices(config_dir).items())
+    groups = "\n".join(
+        textwrap.fill(", ".join(names), 118, initial_indent=f"  {group + '=':12} ", subsequent_indent=" " * 15)
+        for group, names in choices(config_dir).items()
+    )
     print(_USAGE.format(commands=commands, groups=groups))
 
 
-def _print_keys(command: str, settings: list[str], config_dir: str | None) -> None:
-    from pipeline.compose import described
+def _print_keys(command: str, call: _Call) -> None:
+    from pipeline.compose import described, described_options
 
     print(f"vlm-batch {command}: {COMMANDS[command]}\n")
-    for key, value, doc in described(settings, config_dir=config_dir):
-        if command == "run" or key == "output_dir":
+    for key, value, doc in described_options(call.schema) if call.schema else ():
+        print(f"  {key}={value}\n      {doc}")
+    for key, value, doc in described(call.settings, config_dir=call.config_dir):
+        if command in ("run", "preview") or key == "output_dir":
             print(f"  {key}={value}\n      {doc}")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -35,6 +35,7 @@ from pipeline.option import doc_of
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the configs lie inside the package, in a checkout beside it.
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+Options = TypeVar("Options")
 _GROUPS = ("dataset", "prompt", "vlm", "engine", "generation", "write", "cluster", "experiment")
 
 
@@ -46,14 +47,16 @@ class Composed:
     yaml: str
 
 
-def compose(words: Sequence[str], *, config_dir: str | None = None) -> Composed:
+def compose(words: Sequence[str], *, config_dir: str | None = None, own: Sequence[str] = ()) -> Composed:
     """The configuration that `key=value` words ask for.
+
+    own: the command's own words (see `taken`), which a misspelt key is compared with as well.
 
     Raises:
         UsageError: an unknown key or choice (with the nearest one), a value of the wrong type, or a required key that
             is not set.
     """
-    tree = _tree(words, config_dir)
+    tree = _tree(words, config_dir, own)
     try:
         missing = sorted(OmegaConf.missing_keys(tree))
         if missing:
@@ -72,6 +75,41 @@ def compose(words: Sequence[str], *, config_dir: str | None = None) -> Composed:
     return Composed(config, OmegaConf.to_yaml(tree, resolve=True))
 
 
+def taken(words: Sequence[str], schema: type[Options]) -> tuple[Options, list[str]]:
+    """A command's own options, as the dataclass `schema`, and the words that are left for compose().
+
+    A list that is given twice holds both values.
+
+    Raises:
+        UsageError: a value of the wrong type or out of range.
+    """
+    tree = OmegaConf.structured(schema)
+    names = list(_keys(tree))
+    left: list[str] = []
+    for word in words:
+        key, value = _pair(word)
+        if key not in names:
+            left.append(word)
+            continue
+        earlier = tree._get_node(key)
+        kept = OmegaConf.to_container(earlier) if isinstance(earlier, ListConfig) and not earlier._is_none() else []
+        _set(tree, key, value)
+        if kept and isinstance(latest := tree._get_node(key), ListConfig) and not latest._is_none():
+            OmegaConf.update(tree, key, [*kept, *OmegaConf.to_container(latest)])  # type: ignore[misc]
+    options = OmegaConf.to_object(tree)
+    assert isinstance(options, schema)
+    check_ranges(options)
+    return options, left
+
+
+def described_options(schema: type) -> Iterator[tuple[str, str, str]]:
+    """A command's own options with their values and sentences, for --help."""
+    tree = OmegaConf.structured(schema)
+    docs = _docs(tree)
+    for key in _keys(tree):
+        yield key, _shown(OmegaConf.select(tree, key)), docs[key]
+
+
 def described(words: Sequence[str], *, config_dir: str | None = None) -> Iterator[tuple[str, str, str]]:
     """Every key of a configuration with its value and its sentence, for --help."""
     tree = _tree(words, config_dir)
@@ -88,7 +126,7 @@ def choices(config_dir: str | None = None) -> Mapping[str, list[str]]:
         return {group: _options(group) for group in _GROUPS}
 
 
-def _tree(words: Sequence[str], config_dir: str | None) -> DictConfig:
+def _tree(words: Sequence[str], config_dir: str | None, own: Sequence[str] = ()) -> DictConfig:
     pairs = [_pair(word) for word in words]
     with _hydra(config_dir):
         groups = []
@@ -102,7 +140,7 @@ def _tree(words: Sequence[str], config_dir: str | None) -> DictConfig:
             raise UsageError(_sentence(problem)) from None
     for key, value in pairs:
         if key not in _GROUPS:
-            _set(tree, key, value)
+            _set(tree, key, value, own)
     return tree
 
 
@@ -135,13 +173,13 @@ def _check_choice(group: str, value: str, config_dir: str | None) -> None:
         raise UsageError(f"{own} has the name of a choice that comes with the program; give it another name.")
 
 
-def _set(tree: DictConfig, key: str, text: str) -> None:
+def _set(tree: DictConfig, key: str, text: str, own: Sequence[str] = ()) -> None:
     known = list(_keys(tree))
     parent, name = _parent(tree, key)
     open_ended = isinstance(parent, DictConfig) and not is_dataclass(OmegaConf.get_type(parent))
     new_entry = open_ended and key.rpartition(".")[0] in known and re.fullmatch(r"[^\[\]]+", name) is not None
     if key not in known and not new_entry:
-        raise UsageError(f"there is no key {key!r}.{_nearest(key, [*known, *_GROUPS])} See vlm-batch run --help.")
+        raise UsageError(f"there is no key {key!r}.{_nearest(key, [*known, *_GROUPS, *own])} See vlm-batch run --help.")
     try:
         value = _value(parent, name, key, text)
         # A list is merged, which replaces it and makes records of its entries; a dict would keep entries of before.
@@ -156,12 +194,12 @@ def _value(parent: Any, name: str, key: str, text: str) -> Any:
         return None
     if kind is str:
         return _literal(text)
+    if getattr(kind, "__origin__", kind) is list and text != "null" and not text.lstrip().startswith("["):
+        return [_literal(text)] if text else []  # stop=END means stop=[END]
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={text}").value()
     except HydraException as problem:
         raise UsageError(f"{key}={text}: not a value this key can take ({_sentence(problem)}).") from None
-    if getattr(kind, "__origin__", kind) is list and not isinstance(parsed, list) and parsed is not None:
-        return [_literal(text)] if text else []  # stop=END means stop=[END]
     if isinstance(parsed, (Sweep, Glob)):
         raise UsageError(f"{key}={text}: one value at a time. Put quotes around text with a comma: '\"{text}\"'.")
     if isinstance(parsed, str) and "${" in parsed and kind is not Any:

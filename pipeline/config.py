@@ -107,6 +107,7 @@ def answer_settings(config: RunConfig) -> dict[str, Any]:
     settings = dict(_flat("", config))
     settings["dataset.kind"] = config.dataset.kind
     settings["generation.kind"] = config.generation.kind
+    settings["prompt.chat_template"] = config.prompt.chat_template_text()
     if not isinstance(config.generation, SampleConfig):
         del settings["seed"]
     return settings

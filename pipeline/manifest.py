@@ -29,6 +29,7 @@ def write_manifest(output_dir: Path, status: Status) -> bool:
         "settings": plan.settings,
         "versions": plan.versions,
         "numerics": [{"num_shards": number} | json.loads(kind) for kind, number in numerics.most_common()],
+        "parity": [worker["parity"] for worker in status.workers if "parity" in worker],
         "num_rows": plan.num_rows,
         "num_records": plan.num_records,
         "num_shards": plan.num_shards,

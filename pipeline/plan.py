@@ -244,11 +244,19 @@ def refuse_changes(
         return found
     width = max(map(len, changed))
     lines = [f"  {name:{width}}  {_difference(plan.settings.get(name), now.get(name))}" for name in changed]
+    ways_out = "Choose another output_dir for the new settings, or start with the old ones to go on."
+    if not _has_answers(output_dir):
+        ways_out = f"It holds no answer yet: remove the folder {output_dir}, or choose another output_dir."
     raise SettingsChanged(
         f"{output_dir} was planned with other settings; answers of two settings would mix:\n"
         + "\n".join(lines)
-        + "\nChoose another output_dir for the new settings, or start with the old ones to go on. Nothing was changed."
+        + f"\n{ways_out} Nothing was changed."
     )
+
+
+def _has_answers(output_dir: Path) -> bool:
+    journals = (path for path in (output_dir / "work").glob("*.journal") if path.stat().st_size)
+    return next(shard_files(output_dir / "data"), None) is not None or next(journals, None) is not None
 
 
 def make_folders(output_dir: Path) -> None:

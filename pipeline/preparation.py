@@ -46,7 +46,7 @@ class Preparation:
 
     def __init__(self, options: PreparationOptions) -> None:
         self._options = options
-        self._processor = Processor(options.processor)
+        self.processor = Processor(options.processor)
 
     def __call__(self, task: Task) -> list[EncodedSample | Answer]:
         """One result for each of the task's keys."""
@@ -64,16 +64,25 @@ class Preparation:
             results += self._prepared(row, keys, images, cap)
         return results
 
+    def text(self, row: Row, prompt_name: str) -> str:
+        """One prompt of a row as the model's chat template renders it.
+
+        Raises:
+            RowFault: the prompt cannot be rendered.
+        """
+        prompt = self._options.template.prompt(row, prompt_name, self.processor.neutral)
+        return self.processor.text(prompt.messages, [])
+
     def _prepared(
         self, row: Row, keys: Sequence[RecordKey], images: _Images, cap: int | None
     ) -> list[EncodedSample | Answer]:
         facts = PromptFacts(num_images=len(row.images))
         try:
-            prompt = self._options.template.prompt(row, keys[0].prompt_name)
+            prompt = self._options.template.prompt(row, keys[0].prompt_name, self.processor.neutral)
             facts = PromptFacts(prompt=prompt.text, num_images=len(prompt.images), warnings=prompt.warnings)
             opened = [images.open(ref) for ref in prompt.images]
             facts = self._image_facts(facts, prompt, opened)
-            encoded = self._processor.encode(prompt.messages, [image.image for image in opened])
+            encoded = self.processor.encode(prompt.messages, [image.image for image in opened])
         except RowFault as fault:
             return [_error(row, key, facts, fault) for key in keys]
         except MemoryError:

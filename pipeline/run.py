@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Inputs
@@ -36,9 +37,13 @@ from pipeline.write.ledger import Ledger
 from pipeline.write.schema import OutputSchema, output_schema
 from pipeline.write.shard import published_shards
 
+if TYPE_CHECKING:
+    from pipeline.vlm.parity import ParityCheck
+
 log = logging.getLogger(__name__)
 
 _ROWS_BEFORE_BUDGET = 200
+_LONG_RUN = 100  # records; below that the parity check would cost more than it tells
 # Imported once by the fork server: a worker, or its replacement, starts in milliseconds.
 _PRELOAD = (
     "pipeline.preparation",
@@ -87,6 +92,7 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
     meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id)
     attempt_id = f"{rank}-{uuid.uuid4().hex[:12]}"
     engine: Engine | None = None
+    parity: ParityCheck | None = None
     ledger = Ledger(
         output_dir,
         schema,
@@ -118,12 +124,13 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
         stop.last_words = ledger.sync
         try:
             engine = build_engine(config, identity, batcher, stop)
+            parity = parity_check(config, engine, num_records=plan.num_records - tally.num_done)
             meter.loaded()
             kept_images = config.dataset.image_column if config.write.keep_images else None
             feed = Feed(output_dir, plan, config.dataset.open(inputs), ledger, claims, kept_images)
             for tasks in feed.streams(todo):
                 results = meter.waiting(pool.results(tasks))
-                for answer in engine.answers(samples_of(results, record)):
+                for answer in engine.answers(parity.checked(samples_of(results, record))):
                     record(answer)
                 if stop.requested:
                     break
@@ -140,17 +147,25 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
             finally:  # what cannot be journalled must not leave a worker that reads as running
                 meter.close()
                 by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
-                meter.write(state, {"num_shards_published": ledger.num_published} | by_engine)
+                compared = parity.report if parity else {}
+                meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
 
 
 def planned(config: RunConfig, identity: ModelIdentity) -> Plan:
     """The folder's plan, or a new one. What can be known to be wrong is refused before it is written."""
+
+    def scan() -> Inputs:
+        from pipeline.vlm.load import check_model  # torch: for a new plan alone
+
+        check_model(config.vlm, identity)
+        return scanned(config)
+
     return open_plan(
         config.output_path,
         answer_settings(config)
         | effective_settings(config.generation, identity.generation_config).fingerprint
         | identity.settings,
-        scan=partial(scanned, config),
+        scan=scan,
         max_rows=config.dataset.max_rows,
         shard_rows=config.write.shard_rows,
         prompt_names=config.prompt_names,
@@ -203,7 +218,7 @@ def workers(
 ) -> WorkerPool[Task, list[EncodedSample | Answer]]:
     """The processes that render, open and encode; they start while the model loads."""
     return WorkerPool(
-        partial(Preparation, preparation_options(config, identity, template, plan.fingerprint)),
+        partial(Preparation, preparation_options(config, identity, template, plan.fingerprint, plan.created[:10])),
         num_workers=config.engine.num_workers or default_num_workers(),
         task_seconds=config.engine.worker_timeout_seconds,
         memory_bytes=config.engine.worker_memory_bytes,
@@ -213,9 +228,12 @@ def workers(
 
 
 def preparation_options(
-    config: RunConfig, identity: ModelIdentity, template: Template, fingerprint: str
+    config: RunConfig, identity: ModelIdentity, template: Template, fingerprint: str, date: str | None = None
 ) -> PreparationOptions:
-    """What has to be known to render, open and encode a row."""
+    """What has to be known to render, open and encode a row.
+
+    date: what a chat template says is today: the day of the plan, so that a run resumed tomorrow asks the same.
+    """
     return PreparationOptions(
         template=template,
         processor=ProcessorSource(
@@ -223,6 +241,10 @@ def preparation_options(
             options=config.vlm.processor,
             trust_remote_code=config.vlm.trust_remote_code,
             plain=config.prompt.format is PromptFormat.plain,
+            chat_template=config.prompt.chat_template_text(),
+            date=date,
+            sketches=template.sketches(has_images=config.dataset.image_column is not None),
+            own_text=template.own_text,
             max_tokens=identity.max_tokens,
         ),
         fingerprint=fingerprint,
@@ -260,6 +282,14 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
         max_new_tokens=generation.max_new_tokens,
         stop=stop,
     )
+
+
+def parity_check(config: RunConfig, engine: Engine, *, num_records: int) -> ParityCheck:
+    """What compares a long run's first rows, alone and in a batch."""
+    from pipeline.vlm.parity import ParityCheck
+
+    due = num_records >= _LONG_RUN and config.engine.max_batch_rows > 1
+    return ParityCheck(engine, num_rows=config.engine.parity_rows if due else 0)
 
 
 def samples_of(

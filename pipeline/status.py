@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.meter import HEARTBEAT_SECONDS, duration
+from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run
 from pipeline.write.claim import is_alive
 from pipeline.write.journal import count_journal_rows
@@ -20,6 +21,13 @@ from pipeline.write.shard import published_shards
 
 # A worker that has not been heard of for this long is taken for dead.
 _SILENCE_SECONDS = 6 * HEARTBEAT_SECONDS
+
+
+@dataclass(kw_only=True, slots=True)
+class StatusOptions:
+    """The words that only `vlm-batch status` knows."""
+
+    watch: bool = option(False, "show it every 5 seconds until the run is done")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,12 @@ import pytest
 from pipeline.compose import CONFIG_DIR, compose, described
 from pipeline.config import RunConfig, answer_settings
 
-FILES = sorted(path.relative_to(CONFIG_DIR) for path in Path(CONFIG_DIR).rglob("*.yaml"))
+# The presets of models are composed, and looked at, in vlm/test_presets.py.
+FILES = sorted(
+    path.relative_to(CONFIG_DIR)
+    for path in Path(CONFIG_DIR).rglob("*.yaml")
+    if path.parent.name != "vlm" or path.stem in ("auto", "demo")
+)
 REQUIRED = ["dataset.path=somewhere", "vlm.path=somewhere", "output_dir=somewhere"]
 
 

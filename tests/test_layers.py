@@ -14,6 +14,7 @@ LAYERS = [
     {"plan", "preparation"},
     {"feed", "config", "status", "audit"},
     {"compose", "run", "manifest"},
+    {"preview"},
     {"__main__"},
 ]
 

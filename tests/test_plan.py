@@ -83,6 +83,17 @@ def test_shard_rows_is_the_plans(tmp_path: Path) -> None:
     assert start(tmp_path, None, shard_rows=5).shard_rows == 3
 
 
+def test_the_way_out_of_changed_settings_says_whether_answers_are_at_stake(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path)
+    other = SETTINGS | {"prompt.user": "Why?"}
+    with pytest.raises(SettingsChanged, match=r"It holds no answer yet: remove the folder"):
+        new_plan(tmp_path, settings=other)
+    (tmp_path / "work" / "part-00000.a.journal").write_bytes(b"some")
+    with pytest.raises(SettingsChanged, match=r"or start with the old ones to go on"):
+        new_plan(tmp_path, settings=other)
+    assert new_plan(tmp_path).plan_id == plan.plan_id
+
+
 @pytest.mark.parametrize(
     ("changed", "line"),
     [

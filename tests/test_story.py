@@ -32,6 +32,9 @@ def test_a_job_from_an_empty_folder_to_right_answers(vlm_batch: CommandLine, tmp
     assert right / len(rows) >= 0.95
     assert {row["finish_reason"] for row in rows} == {"stop"}
     assert all(row["num_generated_tokens"] and row["num_image_tokens"] for row in rows)
+    [parity] = json.loads((tmp_path / "answers" / "manifest.json").read_text())["parity"]
+    assert (parity["num_rows"], parity["num_identical"], parity["num_pictures_changed"]) == (8, 8, 3)
+    assert parity["logit_error"] <= 1e-5
 
     before = {path: path.read_bytes() for path in (tmp_path / "answers" / "data").iterdir()}
     second = vlm_batch("run", "dataset.max_rows=300", "write.shard_rows=100", "output_dir=answers")

@@ -12,7 +12,7 @@ ROLES = ("system", "user", "assistant")
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 
-Part = dict[str, str]
+Part = dict[str, Any]  # {"type": "image"} or {"type": "text", "text": str}, the latter perhaps with "verbatim": True
 Turn = dict[str, Any]  # {"role": str, "content": list[Part]}
 
 
@@ -35,6 +35,12 @@ def placed_turn(rendered: str, marker: str, num_images: int) -> Turn:
         if text:
             parts.append({"type": "text", "text": text})
     return {"role": "user", "content": parts}
+
+
+def verbatim(entry: Turn) -> Turn:
+    """A turn whose text holds the model's own tokens only where the user wrote them."""
+    parts = [part | {"verbatim": True} if part["type"] == "text" else part for part in entry["content"]]
+    return {"role": entry["role"], "content": parts}
 
 
 def text_of(turns: Sequence[Turn]) -> str:

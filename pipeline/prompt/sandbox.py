@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import wraps
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -72,10 +73,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {"round": self._round, "tojson": self._tojson, "_walk": self._walk}
         self.tests["none"] = lambda value: value is None or isinstance(value, Null)
 
-    def template(self, source: str) -> tuple[jinja2.Template, set[str], set[str]]:
+    def template(self, source: str, image_literal: str | None = None) -> tuple[jinja2.Template, set[str], set[str]]:
         """Compile a template: the template, all names that it reads, those that it does not define itself.
 
-        A call of image() reads the name _image, so that a column may be called image.
+        A call of image() reads the name _image, so that a column may be called image. `image_literal`, where it stands
+        in the template's own text, is such a call, too.
 
         Raises:
             jinja2.TemplateSyntaxError: with the line in `lineno`.
@@ -84,7 +86,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             tree = self.parse(source)
             for node in tree.find_all((nodes.Extends, nodes.FromImport, nodes.Import, nodes.Include)):
                 raise jinja2.TemplateSyntaxError("a prompt cannot use other files", node.lineno)
-            tree = _Bounded().visit(tree)
+            tree = _Bounded(image_literal).visit(tree)
             tree.set_environment(self)
             compiled = self.from_string(tree)
         except (RecursionError, SyntaxError) as error:  # what Python makes of hundreds of nested brackets or loops
@@ -95,21 +97,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }  # perhaps in one branch only
         return compiled, read, meta.find_undeclared_variables(tree) - assigned
 
-    def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    def render(
+        self, template: jinja2.Template, variables: Mapping[str, Any], neutral: Callable[[str], str] | None = None
+    ) -> str:
         """The text of a template.
+
+        neutral: applied to what its expressions print, not to its own text; to what several print without any text of
+            the template between them as a whole, so that two columns cannot give a word that neither has.
 
         Raises:
             TemplateLimit, NullUsed, or whatever the expressions of the template raise.
         """
         self.spent = 0
-        pieces: list[str] = []
-        num_characters = 0
-        for piece in template.generate(variables):
-            num_characters += len(piece)
-            if num_characters > MAX_TEXT:
-                raise TemplateLimit(f"the text has more than {MAX_TEXT:,} characters; shorten it with [:1000]")
-            pieces.append(piece)
-        return "".join(pieces)
+        texts: list[str] = []
+        for printed, pieces in groupby(
+            _bounded(template.generate(variables)), lambda piece: isinstance(piece, _Printed)
+        ):
+            text = "".join(pieces)
+            texts.append(neutral(text) if printed and neutral is not None else text)
+        return "".join(texts)
 
     def charge(self, work: int) -> None:
         self.spent += work
@@ -126,7 +132,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise jinja2.TemplateRuntimeError(f"an expression prints {what}")
         text = str(value)
         self.charge(len(text))
-        return text
+        return _Printed(text)
 
     def _walk(self, values: Any, literal: int) -> Iterator[Any]:
         """The values of a for loop; `literal` is the length of the loop's own text."""
@@ -205,8 +211,47 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return text
 
 
+class _Printed(str):
+    """What an expression of a template printed, as long as it has not become part of another value."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return self  # the code that Jinja generates calls str() on it
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    num_characters = 0
+    for piece in pieces:
+        num_characters += len(piece)
+        if num_characters > MAX_TEXT:
+            raise TemplateLimit(f"the text has more than {MAX_TEXT:,} characters; shorten it with [:1000]")
+        yield piece
+
+
 class _Bounded(NodeTransformer):
     """Sends what Jinja compiles to bare Python (loops, `~`) through the budget, and image() to a name of its own."""
+
+    def __init__(self, image_literal: str | None) -> None:
+        self._image_literal = image_literal
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        if self._image_literal is not None:
+            node.nodes = [piece for child in node.nodes for piece in self._pieces(child)]
+        return self.generic_visit(node)
+
+    def _pieces(self, child: nodes.Expr) -> list[nodes.Expr]:
+        if not isinstance(child, nodes.TemplateData):
+            return [child]
+        assert self._image_literal is not None
+        pieces: list[nodes.Expr] = []
+        for number, text in enumerate(child.data.split(self._image_literal)):
+            if number:
+                called = nodes.Name("_image", "load", lineno=child.lineno)
+                pieces.append(nodes.Call(called, [], [], None, None, lineno=child.lineno))
+            if text:
+                pieces.append(nodes.TemplateData(text, lineno=child.lineno))
+        return pieces
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         literal = sum(len(text.data) for text in node.find_all(nodes.TemplateData))

@@ -1,43 +1,33 @@
 """Row -> Prompt: the user's templates over the row's columns, or the row's own conversation.
 
 In a template stand the columns by name, `row["any name"]`, `num_images`, and `image()`, which puts the next image
-there; images that it does not place come first. What a column holds is data: braces or `<image>` in it stay text. A
-null may be asked about (`{% if title %}`, `title is none`, `title | default("...")`); used as a value it makes the row
-an error.
+there; images that it does not place come first. In a chat, <image> in the template's own text means the same. With
+prompt.format=plain that text reaches the processor as it is, the model's own tokens included: <OD>, <grounding>.
+
+What a column holds is data: braces or `<image>` in it stay text. A null may be asked about (`{% if title %}`,
+`title is none`, `title | default("...")`); used as a value it makes the row an error.
 """
 
 from __future__ import annotations
 
-import difflib
 import os.path
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
-
-import jinja2
+from pathlib import Path
 
 from pipeline.errors import RowFault, UsageError
 from pipeline.option import option
-from pipeline.prompt.conversation import Turn, cleaned, normalised, placed_turn, text_of, turn
-from pipeline.prompt.null import NullUsed, guard_nulls
-from pipeline.prompt.sandbox import Sandbox, TemplateLimit
+from pipeline.prompt.column_template import ColumnTemplate
+from pipeline.prompt.conversation import Turn, cleaned, normalised, placed_turn, text_of, turn, verbatim
+from pipeline.prompt.sandbox import Sandbox
 from pipeline.records import ImageRef, Prompt, Row, Stage
 
 DEFAULT_NAME = "default"
-_OTHERS = "Set prompt.user, or choose another prompt: prompt=describe, caption_short, ocr or tags."
-# What an expression of a template can raise on the values of one row.
-RENDER_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+IMAGE_LITERAL = "<image>"  # how users of LLaVA write image()
+# (text, warnings) -> text without the model's own tokens; what it did goes into `warnings`.
+Neutral = Callable[[str, list[str]], str]
 
 
 class PromptFormat(StrEnum):
@@ -64,7 +54,11 @@ class PromptConfig:
     system: str | None = option(None, "the system turn, a template like `user`; null = none")
     variants: dict[str, str] = option(doc="{name: template}, each asked of every row in place of `user`", factory=dict)
     examples: list[ExampleConfig] = option(doc="turns shown before the question: user, assistant, images", factory=list)
+    assistant_prefix: str | None = option(
+        None, "start of the answer, a template like `user`; the response is what the model adds to it; null = none"
+    )
     format: PromptFormat = option(PromptFormat.chat, "chat = the model's chat template, plain = the bare text")
+    chat_template: str | None = option(None, "file with the chat template (Jinja) to use; null = the model's own")
     max_image_pixels: int = option(100_000_000, "images with more pixels become error rows, undecoded")
 
     def build(self, columns: Sequence[str], has_messages: bool = False) -> Template:
@@ -81,6 +75,8 @@ class PromptConfig:
             raise UsageError(f"{named} and dataset.messages_column cannot go together: a row is asked one or the other")
         if self.format is PromptFormat.plain and self.system:
             raise UsageError("prompt.format=plain has no system turn: put that text into prompt.user")
+        if self.format is PromptFormat.plain and self.chat_template is not None:
+            raise UsageError("prompt.format=plain uses no chat template: set prompt.chat_template=null or format=chat")
         if self.max_image_pixels < 1:
             raise UsageError(f"prompt.max_image_pixels is {self.max_image_pixels}; expected a positive number")
         if "" in self.variants:
@@ -89,7 +85,28 @@ class PromptConfig:
             for path in example.images:
                 if "://" not in path and not os.path.isfile(path):
                     raise UsageError(f"prompt.examples[{number}] names the image {path!r}, which is not a file")
+            num_places = example.user.count(IMAGE_LITERAL) if self.format is PromptFormat.chat else 0
+            if num_places > len(example.images):
+                raise UsageError(
+                    f"prompt.examples[{number}].user has {num_places} times {IMAGE_LITERAL}, but names "
+                    f"{len(example.images)} images"
+                )
         return Template(self, columns, has_messages)
+
+    def chat_template_text(self) -> str | None:
+        """The chat template of one's own; None where the model's is used.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        if self.chat_template is None:
+            return None
+        try:
+            return Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UsageError(
+                f"prompt.chat_template={self.chat_template}: expected a text file with a Jinja template ({problem})"
+            ) from None
 
 
 class Template:
@@ -98,13 +115,27 @@ class Template:
     def __init__(self, config: PromptConfig, columns: Sequence[str], has_messages: bool = False) -> None:
         self._made_from = (config, tuple(columns), has_messages)
         self._has_messages = has_messages
-        self._sandbox = Sandbox()
         # Nothing in a dataset can contain it, so a text of the dataset places no image.
         self._marker = f"<image {secrets.token_hex(16)}>"
-        self._system = self._compiled("prompt.system", config.system, image=False) if config.system else None
+        self._plain = config.format is PromptFormat.plain
+        sandbox = Sandbox()
+
+        def compiled(key: str, source: str | None) -> ColumnTemplate | None:
+            return ColumnTemplate(sandbox, key, source, columns) if source else None
+
+        self._system = compiled("prompt.system", config.system)
+        self._prefix = compiled("prompt.assistant_prefix", config.assistant_prefix)
         sources = {} if has_messages else config.variants or {DEFAULT_NAME: config.user}
+        literal = None if self._plain else IMAGE_LITERAL
         self._users = {
-            name: self._compiled(f"prompt.variants.{name}" if config.variants else "prompt.user", source, image=True)
+            name: ColumnTemplate(
+                sandbox,
+                f"prompt.variants.{name}" if config.variants else "prompt.user",
+                source,
+                columns,
+                images=True,
+                image_literal=literal,
+            )
             for name, source in sources.items()
         }
         self._example_images = tuple(ImageRef(path=path) for example in config.examples for path in example.images)
@@ -114,45 +145,88 @@ class Template:
         """The names of the prompts that every row is asked, in order."""
         return tuple(self._users) or (DEFAULT_NAME,)
 
-    def prompts(self, row: Row) -> list[Prompt]:
+    @property
+    def own_text(self) -> str:
+        """What the user wrote into the templates of the question, columns not filled in."""
+        config = self._made_from[0]
+        return "\n".join(config.variants.values() if config.variants else [config.user])
+
+    def sketches(self, *, has_images: bool) -> tuple[tuple[Turn, ...], ...]:
+        """Conversations of the shape of this run's prompts, with other texts, to try a model's chat template on.
+
+        has_images: rows have images. The first is what every row looks like, the others what some may look like.
+        """
+        usual = 1 if has_images else 0
+        others = [number for number in (0, 1, 2) if number != usual] if has_images else []
+        found = [tuple(self._sketch(number)) for number in (usual, *others)]
+        if self._has_messages:
+            asked = turn("user", "Sketchquestion", usual)
+            told = [turn("system", "Sketchsystem"), turn("user", "Sketchbefore"), turn("assistant", "Sketchanswer")]
+            found += [(*told[1:], asked), (*told, asked)]
+        return tuple(found)
+
+    def _sketch(self, num_images: int) -> Iterator[Turn]:
+        if self._system is not None:
+            yield turn("system", "Sketchsystem")
+        for number, example in enumerate(self._made_from[0].examples):
+            yield turn("user", f"Sketchexample{number}" if example.user else "", len(example.images))
+            yield turn("assistant", f"Sketchanswer{number}")
+        yield turn("user", "Sketchquestion", num_images)
+        if self._prefix is not None:
+            yield turn("assistant", "Sketchprefix")
+
+    def prompts(self, row: Row, neutral: Neutral | None = None) -> list[Prompt]:
         """All prompts of a row, in the order of `names`; they share one tuple of images.
 
         Raises:
             RowFault: the row arrived with a fault, or one of its prompts cannot be rendered (see `prompt`).
         """
         images = self._example_images + row.images
-        return [self._prompt(row, name, images) for name in self.names]
+        return [self._prompt(row, name, images, neutral) for name in self.names]
 
-    def prompt(self, row: Row, name: str) -> Prompt:
+    def prompt(self, row: Row, name: str, neutral: Neutral | None = None) -> Prompt:
         """One prompt of a row, so that a row can fail in one variant and be asked the others.
+
+        neutral: takes the model's own tokens out of data. With it, text in which the user may write such tokens (all of
+        a plain prompt, the assistant's prefix) is neutral in what comes from columns, and its parts are marked
+        `verbatim`: the processor is to leave them alone.
 
         Raises:
             RowFault: NullColumn, ImageCount, TemplateLimit, what the template raised on this row, or, for a ready-made
                 conversation, UnknownRole, UnknownPart, NoUserTurn.
         """
-        return self._prompt(row, name, self._example_images + row.images)
+        return self._prompt(row, name, self._example_images + row.images, neutral)
 
     def __reduce__(self) -> tuple[type[Template], tuple[PromptConfig, tuple[str, ...], bool]]:
         return (Template, self._made_from)
 
-    def _prompt(self, row: Row, name: str, images: tuple[ImageRef, ...]) -> Prompt:
+    def _prompt(self, row: Row, name: str, images: tuple[ImageRef, ...], neutral: Neutral | None) -> Prompt:
         if row.fault is not None:
             raise RowFault(row.fault.stage, row.fault.kind, row.fault.message)
-        asked = self._conversation(row) if self._has_messages else [*self._examples(), self._question(row, name)]
+        warnings: list[str] = []
+        data = self._data_filter(neutral, warnings)
+        if self._has_messages:
+            asked = self._conversation(row)
+        else:
+            asked = [*self._examples(), self._question(row, name, data if self._plain else None)]
+            if self._plain and data is not None:
+                asked = [verbatim(entry) for entry in asked]
         if self._system is not None and asked[0]["role"] != "system":
-            asked.insert(0, turn("system", self._render("prompt.system", self._system, row, _no_image)))
-        warnings = []
+            asked.insert(0, turn("system", self._system.text(row, "prompt.system")))
+        if self._prefix is not None and asked[-1]["role"] != "assistant":
+            prefix = self._prefix.text(row, "prompt.assistant_prefix", data=data)
+            if prefix:
+                started = turn("assistant", prefix)
+                asked.append(started if data is None else verbatim(started))
         for entry in asked:
             for part in entry["content"]:
                 if part["type"] == "text":
-                    part["text"], note = cleaned(part["text"])
-                    if note and note not in warnings:
-                        warnings.append(note)
+                    part["text"] = _noted(part["text"], warnings)
         text = text_of(asked)
         if not text.strip():
             if not images:
                 raise RowFault(Stage.TEMPLATE, "EmptyPrompt", f"prompt {name!r} has neither text nor image")
-            if self._has_messages or self._users[name].asks:
+            if self._has_messages or self._users[name].has_text:
                 warnings.append("the question is empty")
         return Prompt(
             row_index=row.index,
@@ -164,10 +238,25 @@ class Template:
             warnings=tuple(warnings),
         )
 
+    def _data_filter(self, neutral: Neutral | None, warnings: list[str]) -> Callable[[str], str] | None:
+        """What is done to the text that an expression prints; the places of images in it are kept."""
+        if neutral is None:
+            return None
+
+        def filtered(text: str) -> str:
+            text = _noted(text, warnings)  # first: a NUL hides a token
+            return self._marker.join(neutral(piece, warnings) for piece in text.split(self._marker))
+
+        return filtered
+
     def _examples(self) -> list[Turn]:
         turns = []
         for example in self._made_from[0].examples:
-            turns += [turn("user", example.user, len(example.images)), turn("assistant", example.assistant)]
+            if self._plain:
+                turns.append(turn("user", example.user, len(example.images)))
+            else:
+                turns.append(placed_turn(example.user, IMAGE_LITERAL, len(example.images)))
+            turns.append(turn("assistant", example.assistant))
         return turns
 
     def _conversation(self, row: Row) -> list[Turn]:
@@ -175,7 +264,7 @@ class Template:
             raise RowFault(Stage.TEMPLATE, "NullColumn", "the row has no conversation in dataset.messages_column")
         return normalised(row.messages, len(row.images))
 
-    def _question(self, row: Row, name: str) -> Turn:
+    def _question(self, row: Row, name: str, data: Callable[[str], str] | None) -> Turn:
         num_placed = 0
 
         def image() -> str:
@@ -186,57 +275,16 @@ class Template:
                 raise RowFault(Stage.TEMPLATE, "ImageCount", message)
             return self._marker
 
-        text = self._render(f"prompt {name!r}", self._users[name], row, image)
+        text = self._users[name].text(row, f"prompt {name!r}", image=image, data=data)
         if text.count(self._marker) != num_placed:
             message = f"prompt {name!r} changes or drops what image() gives: print it as it is"
             raise RowFault(Stage.TEMPLATE, "ImageCount", message)
         return placed_turn(text, self._marker, len(row.images))
 
-    def _render(self, label: str, template: _Compiled, row: Row, image: Callable[[], str]) -> str:
-        variables: dict[str, Any] = {"num_images": len(row.images)}
-        if template.uses_row:
-            variables["row"] = {name: guard_nulls(value, name) for name, value in row.columns.items()}
-        for name in template.columns:
-            variables[name] = guard_nulls(row.columns.get(name), name)
-        variables["_image"] = image
-        try:
-            return self._sandbox.render(template.code, variables)
-        except NullUsed as error:
-            raise RowFault(Stage.TEMPLATE, "NullColumn", f"{label}: {error.message}") from None
-        except TemplateLimit as error:
-            raise RowFault(Stage.TEMPLATE, "TemplateLimit", f"{label}: {error.message}") from None
-        except RENDER_ERRORS as error:
-            raise RowFault(Stage.TEMPLATE, type(error).__name__, f"{label}: {error}") from None
 
-    def _compiled(self, key: str, source: str, *, image: bool) -> _Compiled:
-        columns = self._made_from[1]
-        try:
-            code, read, unknown = self._sandbox.template(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UsageError(f"{key}, line {error.lineno}: {error.message}") from None
-        if "_image" in unknown and not image:
-            raise UsageError(f"{key} uses image(), which has a place in prompt.user and prompt.variants only")
-        for name in sorted(unknown - set(columns) - {"_image", "row", "num_images"}):
-            raise UsageError(f"{key} uses {name!r}, which is not a column.{_hint(name, columns)} {_OTHERS}")
-        used = tuple(name for name in columns if name in read)
-        return _Compiled(code, used, "row" in read and "row" not in columns, bool(source.strip()))
-
-
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    code: jinja2.Template
-    columns: tuple[str, ...]  # those that it reads
-    uses_row: bool
-    asks: bool  # whether it has any text
-
-
-def _hint(name: str, columns: Sequence[str]) -> str:
-    if name == "image":
-        return ' To place an image write "{{ image() }}".'
-    nearest = difflib.get_close_matches(name, columns, n=1)
-    meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{meant} Columns: {', '.join(columns) or 'none'}."
-
-
-def _no_image() -> str:
-    raise AssertionError("image() in prompt.system is refused when it is compiled")
+def _noted(text: str, warnings: list[str]) -> str:
+    """Text that a tokenizer and Parquet accept; what was done to it goes into `warnings`, once."""
+    text, note = cleaned(text)
+    if note and note not in warnings:
+        warnings.append(note)
+    return text

@@ -1,10 +1,11 @@
-"""Samples in groups of like length, and a group as one left-padded batch.
+"""Samples in groups of like length, and a group as one padded batch.
 
 Shapes: B rows in a batch, T tokens of the longest prompt in it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,19 @@ class Batcher:
         max_tokens: padded prompt tokens plus room for the answers, over all rows of a batch.
         max_new_tokens: what a row's answer may take at most, where the row has no cap of its own.
         pad_id: what input_ids are padded with (never attended to); known once the model is loaded.
+
+    The engine sets what the model bears, once it knows:
+        pads_right: tokens are padded at the end. An encoder counts positions from the first column on; a decoder goes
+            on from the last, so padding is in front.
+        may_pad_tokens, may_pad_images: False lets only prompts of one length, or images of one shape, share a batch.
     """
 
     def __init__(self, *, max_rows: int, max_tokens: int, max_new_tokens: int, pad_id: int = 0) -> None:
         self.max_rows, self.max_tokens, self.pad_id = max_rows, max_tokens, pad_id
+        self.pads_right = False
+        self.may_pad_tokens = self.may_pad_images = True
         self._max_new_tokens = max_new_tokens
+        self._not_along_tokens: set[str] = set()
 
     @property
     def num_window_rows(self) -> int:
@@ -44,18 +53,20 @@ class Batcher:
         """Batches, longest first within a window. The first windows are small, so that work starts at once."""
         num_batches = 1
         while window := list(_window(samples, self.max_rows * num_batches)):
-            # Longest first: what does not fit into memory shows in the window's first batch.
-            window.sort(key=lambda sample: (_signature(sample), sample.num_tokens), reverse=True)
-            yield from self._cut(window)
+            yield from self.split(window)
             num_batches = min(2 * num_batches, _WINDOW_BATCHES)
 
-    def _cut(self, window: Sequence[EncodedSample]) -> Iterator[list[EncodedSample]]:
+    def split(self, window: Sequence[EncodedSample]) -> Iterator[list[EncodedSample]]:
+        """A window's batches; also a batch's own, where the budget or what may be padded changed since."""
+        self._learn(window)
+        # Longest first: what does not fit into memory shows in the window's first batch.
+        window = sorted(window, key=self._order, reverse=True)
         group: list[EncodedSample] = []
         width = 0
         for sample in window:
             cost = sample.num_tokens + (sample.max_new_tokens or self._max_new_tokens)
             full = len(group) >= self.max_rows or max(width, cost) * (len(group) + 1) > self.max_tokens
-            if group and (full or _names(sample) != _names(group[0])):
+            if group and (full or not self._fits(group[0], sample)):
                 yield group
                 group, width = [], 0
             group.append(sample)
@@ -63,27 +74,70 @@ class Batcher:
         if group:
             yield group
 
-    def collate(self, group: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
-        """One batch: the token dimension is padded on the left, all others on the right, with zeros.
+    def pads_images(self, group: Sequence[EncodedSample]) -> bool:
+        """Whether images of a group are padded, or whatever else does not run along the tokens."""
+        self._learn(group)
+        return len({self._shapes(sample) for sample in group}) > 1
+
+    def collate(self, group: Sequence[EncodedSample], *, num_extra_tokens: int = 0) -> dict[str, torch.Tensor]:
+        """One batch: the token dimension is padded on its side, all others on the right, with zeros.
 
         A processor called with one sample returns [1, ...] for what it keeps per sample (input_ids, the images of
         Idefics) and [images, ...] or [patches, ...] for what it lists; joining along the first dimension is right for
         both. Samples of one group have the same tensors, so text-only rows never meet rows with images.
+
+        num_extra_tokens: columns of padding that even the longest prompt gets, to try what a model makes of them.
         """
         import torch
 
-        num_tokens = max(sample.num_tokens for sample in group)
+        self._learn(group)
+        num_tokens = max(sample.num_tokens for sample in group) + num_extra_tokens
         batch: dict[str, torch.Tensor] = {}
         for name in group[0].tensors:
             arrays = [sample.tensors[name] for sample in group]
-            if all(_along_tokens(sample, name) for sample in group):
+            if self._along_tokens(group[0], name):
                 fill = self.pad_id if name == "input_ids" else 0
-                arrays = [_padded_left(array, num_tokens, fill) for array in arrays]
+                arrays = [_padded(array, num_tokens, fill, right=self.pads_right) for array in arrays]
             if len({array.shape[1:] for array in arrays}) > 1:
                 shape = np.max([array.shape[1:] for array in arrays], axis=0)
                 arrays = [_padded_right(array, shape) for array in arrays]
             batch[name] = torch.from_numpy(np.concatenate(arrays))
         return batch
+
+    def _learn(self, samples: Sequence[EncodedSample]) -> None:
+        """Which tensors have one entry for each token shows in their shapes: a single deviation is the proof.
+
+        Numbers with a fraction are images, whatever their shape: the second dimension of a list of patches may grow
+        with the prompt.
+        """
+        for sample in samples:
+            for name, array in sample.tensors.items():
+                extent = array.shape[1] if array.ndim > 1 and array.shape[0] == 1 else None
+                if extent != sample.num_tokens or array.dtype.kind == "f":
+                    self._not_along_tokens.add(name)
+
+    def _along_tokens(self, sample: EncodedSample, name: str) -> bool:
+        return name in sample.tensors and name not in self._not_along_tokens
+
+    def _shapes(self, sample: EncodedSample) -> tuple[tuple[int, ...], ...]:
+        """What has to be equal in two samples, or padded: [1, tokens, ...] and [list, ...] without the first two."""
+        return tuple(
+            array.shape[2:] if self._along_tokens(sample, name) else array.shape[1:]
+            for name, array in sorted(sample.tensors.items())
+        )
+
+    def _fits(self, first: EncodedSample, other: EncodedSample) -> bool:
+        return (
+            _names(first) == _names(other)
+            and (self.may_pad_tokens or first.num_tokens == other.num_tokens)
+            and (self.may_pad_images or self._shapes(first) == self._shapes(other))
+        )
+
+    def _order(self, sample: EncodedSample) -> tuple[Any, ...]:
+        """Sorts like with like: the same tensors, images of about one size (exactly one where it matters), length."""
+        shapes = self._shapes(sample)
+        exact = () if self.may_pad_images else shapes
+        return (_names(sample), exact, [[_step(extent) for extent in shape] for shape in shapes], sample.num_tokens)
 
 
 def _window(samples: Iterator[EncodedSample], max_rows: int) -> Iterator[EncodedSample]:
@@ -99,26 +153,16 @@ def _names(sample: EncodedSample) -> tuple[str, ...]:
     return tuple(sorted(sample.tensors))
 
 
-def _signature(sample: EncodedSample) -> tuple[Any, ...]:
-    """Sorts like with like: the same tensors first, then images of the same number and shape."""
-    shapes = tuple(sample.tensors[name].shape for name in _names(sample) if not _along_tokens(sample, name))
-    return (_names(sample), sum(int(np.prod(shape)) for shape in shapes), shapes)
+def _step(extent: int) -> int:
+    """Extents within a factor of 1.4 are much the same."""
+    return round(2 * math.log2(extent)) if extent else 0
 
 
-def _along_tokens(sample: EncodedSample, name: str) -> bool:
-    shape = sample.tensors[name].shape
-    return len(shape) >= 2 and shape[0] == 1 and shape[1] == sample.num_tokens and name not in _NOT_TOKENS
-
-
-# Image tensors whose second dimension may equal the number of tokens by chance.
-_NOT_TOKENS = frozenset({"pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw"})
-
-
-def _padded_left(array: np.ndarray[Any, Any], num_tokens: int, fill: int) -> np.ndarray[Any, Any]:
+def _padded(array: np.ndarray[Any, Any], num_tokens: int, fill: int, *, right: bool) -> np.ndarray[Any, Any]:
     missing = num_tokens - array.shape[1]
     if not missing:
         return array
-    widths = [(0, 0), (missing, 0), *[(0, 0)] * (array.ndim - 2)]
+    widths = [(0, 0), (0, missing) if right else (missing, 0), *[(0, 0)] * (array.ndim - 2)]
     return np.pad(array, widths, constant_values=fill)
 
 

@@ -232,6 +232,8 @@ class WorkerPool(Generic[Task, Result]):
         kind, value = pickle.loads(message)
         if kind == "ready":
             worker.ready = True
+        elif kind == "refused":
+            raise RunFailed(value)
         elif kind == "failed":
             raise RunFailed(f"a worker process failed:\n{value}")
         else:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from pipeline.errors import RowFault, RunFailed
 from pipeline.records import Stage
+from pipeline.tensors.chat import ROW_ERRORS, PlainForm, PromptForm, Turn
+from pipeline.tensors.probe import Fit, Sketch, fitting_form, image_placeholder, image_tokens, question
+from pipeline.tensors.tokens import closing_id, image_token_ids, special_pattern
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-
-Turn = Mapping[str, Any]
-
-# What processors and chat templates were seen to raise on a row they do not like: an image of 1 x 5000 divides by zero,
-# a template raises an error of its own where roles do not alternate.
-_ROW_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TemplateError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +28,10 @@ class ProcessorSource:
     options: Mapping[str, Any] = field(default_factory=dict)  # vlm.processor: max_pixels, do_image_splitting ...
     trust_remote_code: bool = False
     plain: bool = False  # prompt.format=plain: no chat template
+    chat_template: str | None = None  # text of the Jinja template to use; None = the model's own
+    date: str | None = None  # what a chat template says is today, as 2026-01-31; None = today
+    sketches: tuple[Sketch, ...] = (question(1), question(0), question(2))  # the first like every row, others like some
+    own_text: str = ""  # what the user wrote into templates, where an image token would be a mistake
     max_tokens: int | None = None  # the model's context, in tokens
     num_reserved_tokens: int = 1  # of the context, for the answer
 
@@ -59,7 +50,7 @@ class Processor:
     """A loaded processor.
 
     Raises:
-        RunFailed: the folder has no processor that can be loaded here.
+        RunFailed: the folder has no processor that can be loaded here, or its chat template does not fit the run.
     """
 
     def __init__(self, source: ProcessorSource) -> None:
@@ -69,14 +60,27 @@ class Processor:
             self._processor = AutoProcessor.from_pretrained(
                 source.folder, trust_remote_code=source.trust_remote_code, **source.options
             )
-        except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as problem:
+        except ImportError as problem:
+            raise RunFailed(_missing_package(source.folder, problem)) from problem
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
             raise RunFailed(f"the processor in {source.folder} cannot be loaded: {problem}") from problem
         self._source = source
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        if not source.plain and not getattr(self._processor, "chat_template", None):
-            raise RunFailed(f"{source.folder} has no chat template. Set prompt.format=plain for models without one.")
-        self._image_token_id = _image_token_id(self._processor, self._tokenizer)
-        self._special = _special_pattern(self._processor, self._tokenizer)
+        self._image_token_ids = image_token_ids(self._processor, self._tokenizer)
+        self._special = special_pattern(self._processor, self._tokenizer)
+        self._closing_id = closing_id(self._tokenizer)
+        self._fit: Fit | None = None
+        self._several_images: bool | None = None  # whether a prompt may have them; not known yet
+        try:
+            with _quiet():
+                self._form: PromptForm = self._plain_form() if source.plain else self._chat_form()
+        except ImportError as problem:  # what a processor asks for when it is used for the first time
+            raise RunFailed(_missing_package(source.folder, problem)) from problem
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that made the prompt's tokens."""
+        return self._tokenizer
 
     def encode(self, messages: Sequence[Turn], images: Sequence[Image.Image]) -> Encoded:
         """Tokens and image tensors of one conversation; the n-th image part is `images[n]`.
@@ -88,13 +92,19 @@ class Processor:
         try:
             text = self.text(messages, warnings)
             batch = self._call(text, images)
-        except _ROW_ERRORS as problem:
+        except ROW_ERRORS as problem:
             raise RowFault(Stage.ENCODE, type(problem).__name__, str(problem) or "no message") from problem
-        tensors = {name: tensor.numpy() for name, tensor in batch.items() if hasattr(tensor, "numpy")}
-        input_ids = tensors["input_ids"]
-        num_tokens = int(input_ids.shape[-1])
+        if len(images) > 1 and not self._sees_all(text, images, batch["input_ids"].shape[-1]):
+            message = f"the row has {len(images)} images, and this model takes one image in a prompt"
+            raise RowFault(Stage.ENCODE, "ImageCount", message)
+        # PaliGemma's processor gives labels, too: they are for training.
+        usable = {name: tensor for name, tensor in batch.items() if hasattr(tensor, "numpy") and name != "labels"}
+        tensors = self._open_ended({name: tensor.numpy() for name, tensor in usable.items()})
+        num_tokens = int(tensors["input_ids"].shape[-1])
+        if not num_tokens:
+            raise RowFault(Stage.ENCODE, "EmptyPrompt", "the prompt has no tokens; write some text into prompt.user")
         self._check_length(num_tokens)
-        num_image_tokens = None if self._image_token_id is None else int((input_ids == self._image_token_id).sum())
+        num_image_tokens = self._num_image_tokens(tensors["input_ids"])
         if images and num_image_tokens is not None and num_image_tokens < len(images):
             raise RowFault(
                 Stage.ENCODE,
@@ -105,32 +115,120 @@ class Processor:
         return Encoded(tensors, num_tokens, num_image_tokens, tuple(warnings))
 
     def text(self, messages: Sequence[Turn], warnings: list[str]) -> str:
-        """The prompt as the model's chat template renders it, generation prompt at the end."""
-        if self._source.plain:
-            return "".join(part["text"] for turn in messages for part in turn["content"] if part["type"] == "text")
-        cleaned = [self._cleaned(turn, warnings) for turn in messages]
-        rendered = self._processor.apply_chat_template(cleaned, add_generation_prompt=True, tokenize=False)
-        return str(rendered)
+        """The prompt as the model's chat template renders it, or as prompt.format=plain joins it.
 
-    def _cleaned(self, turn: Turn, warnings: list[str]) -> dict[str, Any]:
+        It ends with the generation prompt, or with the text of the last turn where that is the assistant's. A text part
+        marked `verbatim` keeps the model's tokens that it holds; from any other they are taken (`neutral`).
+
+        Raises:
+            RowFault: the chat template loses a text or an image of this row, or prints a list as Python does.
+        """
+        turns = [self._cleaned(turn, warnings) for turn in messages]
+        if turns[-1]["role"] == "assistant" and not any(part.get("text") for part in turns[-1]["content"]):
+            turns.pop()  # an answer without a beginning
+        text = self._form.text(turns)
+        if self._fit is not None and (flaw := self._fit.flaw(turns, text)):
+            raise RowFault(Stage.ENCODE, "ChatTemplate", flaw)
+        return text
+
+    def neutral(self, text: str, warnings: list[str]) -> str:
         """Text in which no token of the model's own can be forged: a caption that says <image> is only a caption."""
+        if found := self._special.findall(text):
+            text = self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+            warning = f"text cleaned: {sorted(set(found))} are tokens of the model"
+            if warning not in warnings:
+                warnings.append(warning)
+        return text
+
+    def _cleaned(self, turn: Turn, warnings: list[str]) -> Turn:
         content = []
+        before = ""
         for part in turn["content"]:
-            if part["type"] == "text" and (found := self._special.findall(part["text"])):
-                part = part | {"text": self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", part["text"])}
-                warnings.append(f"text cleaned: {sorted(set(found))} are tokens of the model")
+            if part["type"] == "text":
+                text = part["text"] if part.get("verbatim") else self.neutral(part["text"], warnings)
+                if any(match.start() < len(before) < match.end() for match in self._special.finditer(before + text)):
+                    text = f" {text}"  # two parts give a token that neither has
+                part = {"type": "text", "text": text}
+                before = text
             content.append(dict(part))
         return dict(turn) | {"content": content}
 
+    def _chat_form(self) -> PromptForm:
+        source = self._source
+        template, name = source.chat_template, "the template in prompt.chat_template"
+        if template is None:
+            template = _chat_template(self._processor, self._tokenizer, source.folder)
+            name = f"the chat template of {source.folder}"
+        for token in image_tokens(self._processor):
+            if token != "<image>" and token in source.own_text:
+                raise RunFailed(
+                    f"the prompt holds {token!r}, which is the model's own image token. To place an image write "
+                    '"{{ image() }}"; an image that is not placed comes first.'
+                )
+        self._fit = fitting_form(self._processor, template, source.sketches, self._count, name=name, date=source.date)
+        return self._fit.form
+
+    def _plain_form(self) -> PromptForm:
+        template = getattr(self._processor, "chat_template", None)
+        known = image_placeholder(self._processor, self._count, template if isinstance(template, str) else None)
+        return PlainForm(known, image_tokens(self._processor))
+
+    def _count(self, text: str, num_images: int) -> int | None:
+        """Image tokens that the processor makes of a text and as many small pictures."""
+        from PIL import Image
+
+        pictures = [Image.new("RGB", (224, 224), (40 * number, 90, 200)) for number in range(num_images)]
+        input_ids = self._call(text, pictures)["input_ids"]
+        found = self._num_image_tokens(input_ids)
+        if found is not None and num_images and found <= num_images:
+            self._learn_image_token(text, input_ids)
+            found = self._num_image_tokens(input_ids)
+        return found
+
+    def _learn_image_token(self, text: str, input_ids: Any) -> None:
+        """The commonest token that pictures alone bring into a text: Ovis2 names another, of which none is left."""
+        without = set(self._tokenizer(text)["input_ids"])
+        brought = Counter(number for number in input_ids.flatten().tolist() if number not in without)
+        self._image_token_ids |= {number for number, _ in brought.most_common(1)}
+
+    def _num_image_tokens(self, input_ids: Any) -> int | None:
+        return max((int((input_ids == number).sum()) for number in self._image_token_ids), default=None)
+
+    def _open_ended(self, tensors: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """Without the separator with which BERT's tokenizer closes a text: a decoder would take it for the end."""
+        input_ids = tensors["input_ids"]
+        num_tokens = input_ids.shape[-1]
+        if not num_tokens or input_ids[0, -1] != self._closing_id:
+            return tensors
+        return {name: array[:, :-1] if array.shape[:2] == (1, num_tokens) else array for name, array in tensors.items()}
+
     def _call(self, text: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
         arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
-        if images:
-            arguments["images"] = [list(images)]
         bos = getattr(self._tokenizer, "bos_token", None)
-        if bos and text.startswith(bos):
+        if bos and text.lstrip().startswith(bos):
             arguments["add_special_tokens"] = False  # the template wrote it: a second one changes answers
-        result: Mapping[str, Any] = self._processor(**arguments)
+        result: Mapping[str, Any]
+        if not images:
+            result = self._processor(**arguments)
+            return result
+        try:
+            result = self._processor(images=[list(images)], **arguments)
+        except (TypeError, ValueError) as problem:
+            # One list of images for each prompt is the rule; some (GOT-OCR2) want one list of all.
+            try:
+                result = self._processor(images=list(images), **arguments)
+            except ROW_ERRORS:
+                raise problem from None
         return result
+
+    def _sees_all(self, text: str, images: Sequence[Image.Image], num_tokens: int) -> bool:
+        """Whether the second image changes a prompt. Where it does not (BLIP-2, GIT), it would be another row's."""
+        if self._several_images is None:
+            try:
+                self._several_images = self._call(text, images[:1])["input_ids"].shape[-1] != num_tokens
+            except ROW_ERRORS:  # a place in the text is left without an image
+                self._several_images = True
+        return self._several_images
 
     def _check_length(self, num_tokens: int) -> None:
         limit = self._source.max_tokens
@@ -143,20 +241,42 @@ class Processor:
             )
 
 
-def _image_token_id(processor: Any, tokenizer: Any) -> int | None:
-    if (number := getattr(processor, "image_token_id", None)) is not None:
-        return int(number)
-    token = getattr(processor, "image_token", None)
-    if token is None:
-        return None
-    number = tokenizer.convert_tokens_to_ids(str(token))
-    return None if number is None else int(number)
+def _missing_package(folder: str, problem: ImportError) -> str:
+    """What to install. transformers says "X requires the Torchvision library", or "`num2words` is required"."""
+    said = " ".join(str(problem).split())
+    found = re.search(r"requires the (\S+) library|[Pp]ackage `(\w+)`", said)
+    package = problem.name or (found and (found[1] or found[2]).lower())
+    install = f"Install it: pip install {package}." if package else "Install what it names."
+    return f"the processor in {folder} needs a package that is not installed. {install} ({said.split('. ')[0]}.)"
 
 
-def _special_pattern(processor: Any, tokenizer: Any) -> re.Pattern[str]:
-    tokens = set(getattr(tokenizer, "all_special_tokens", []))
-    tokens |= {str(token) for token in getattr(tokenizer, "added_tokens_encoder", {})}
-    tokens |= {str(getattr(processor, name)) for name in ("image_token", "video_token") if hasattr(processor, name)}
-    # Tokens such as "<s>" or "<|im_end|>"; a word that happens to be an added token is left alone.
-    marked = sorted((t for t in tokens if len(t) > 2 and not t[0].isalnum() and not t.isspace()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, marked)) or r"(?!)")
+def _chat_template(processor: Any, tokenizer: Any, folder: str) -> str:
+    """The text of the model's chat template; older checkpoints have it with the tokenizer."""
+    found = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if isinstance(found, Mapping):
+        if "default" not in found:
+            raise RunFailed(
+                f"{folder} has the chat templates {sorted(found)}, and none is called default. Save the one you want "
+                "as a file and set prompt.chat_template=FILE.jinja."
+            )
+        found = found["default"]
+    if not found:
+        raise RunFailed(
+            f"{folder} has no chat template. Set prompt.format=plain for models without one, and write the prompt in "
+            "the form that the model was trained on (prompt=plain_vqa, plain_caption and others are such); or give it "
+            "a template with prompt.chat_template=FILE.jinja."
+        )
+    return str(found)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what processors remark on sketches that do not suit them."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
+from pipeline.errors import VlmBatchError
+
 # glibc gives large temporaries back to the system and faults them in again for each image; keeping them is worth up to
 # twice the throughput of processors that cut an image into tiles.
 _ENVIRONMENT = {
@@ -26,7 +28,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
-    """Answer tasks until the parent is gone. A reply is (number, result), or ("ready" | "failed", ...)."""
+    """Answer tasks until the parent is gone. A reply is (number, result), or ("ready" | "refused" | "failed", ...)."""
     # The parent decides when a worker ends: a signal to the whole process group must not cost rows.
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -44,6 +46,8 @@ def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
             pipe.send_bytes(pickle.dumps((number, work(task)), protocol=5))
     except (BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
+    except VlmBatchError as problem:  # a sentence already
+        pipe.send_bytes(pickle.dumps(("refused", str(problem))))
     except MemoryError:
         os._exit(1)  # not even an error row could be made: the pool isolates the row
     except Exception:

@@ -18,6 +18,7 @@ class Generation:
     tokens: list[int] = field(default_factory=list)  # the end token included
     finish_reason: FinishReason | None = None
     fault: Fault | None = None
+    logits_SV: list[Any] | None = None  # kept where a list stands: one tensor [V] for each token
 
     @property
     def done(self) -> bool:

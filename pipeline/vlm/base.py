@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,6 +10,10 @@ from pipeline.records import Answer, EncodedSample
 
 if TYPE_CHECKING:
     import torch
+
+
+# Called with each token as it is chosen, on the thread that generates.
+OnToken = Callable[[EncodedSample, int], None]
 
 
 class StopSignal(Protocol):
@@ -31,10 +35,17 @@ class Batcher(Protocol):
 
     max_rows: int
     max_tokens: int
+    pads_right: bool  # tokens; images always are
+    may_pad_tokens: bool
+    may_pad_images: bool
 
     def groups(self, samples: Iterator[EncodedSample]) -> Iterator[list[EncodedSample]]: ...
 
-    def collate(self, group: Sequence[EncodedSample]) -> dict[str, torch.Tensor]: ...
+    def split(self, window: Sequence[EncodedSample]) -> Iterator[list[EncodedSample]]: ...
+
+    def pads_images(self, group: Sequence[EncodedSample]) -> bool: ...
+
+    def collate(self, group: Sequence[EncodedSample], *, num_extra_tokens: int = 0) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass(slots=True)
@@ -50,10 +61,34 @@ class EngineCounts:
     num_out_of_memory: int = 0
 
 
-class Engine(Protocol):
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """An answer as the engine came to it: its tokens, and the logits each was chosen from."""
+
+    tokens: tuple[int, ...]
+    logits_SV: list[torch.Tensor]  # one float32 tensor [V] on the CPU for each step; empty after a search over beams
+
+
+class TracingEngine(Protocol):
+    """An engine that shows its work."""
+
+    max_new_tokens: int
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are computed in."""
+        ...
+
+    def trace(self, samples: Sequence[EncodedSample]) -> list[Trace | None]:
+        """Answer samples in batches as a run would, apart from everything counted; None for what fails."""
+        ...
+
+
+class Engine(TracingEngine, Protocol):
     """A way to generate."""
 
     counts: EngineCounts
+    on_token: OnToken | None  # a search over beams knows its tokens only at the end and does not call it
 
     @property
     def numerics(self) -> Mapping[str, str]:

@@ -22,6 +22,7 @@ Choose = Callable[[Sequence[Generation], torch.Tensor, torch.Tensor | None], tor
 
 # Rows leave the batch when this share of it or less is still at work: moving the cache costs about a decode step.
 _SHRINK_AT = 0.75
+_OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")  # of a decode step
 _NO_TOKEN = -1  # in place of padding, where the past of a row is looked at
 
 
@@ -44,12 +45,14 @@ class DecodeLoop:
         **kwargs: Any,
     ) -> torch.Tensor:
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-        logits_BV = model(**inputs, return_dict=True).logits[:, -1]
+        outputs = model(**inputs, return_dict=True)
+        logits_BV = outputs.logits[:, -1]
         cache, mask_BT = kwargs["past_key_values"], kwargs.get("attention_mask")  # no mask where nothing is padded
         rows = list(self._generations)  # of the batch, in its order
         position = _last_position(inputs, len(rows))
-        seen_BV = _seen(input_ids, mask_BT, logits_BV) if self._needs_history else None
+        seen_BV = seen_tokens(input_ids, mask_BT, logits_BV) if self._needs_history else None
         past_BT = _past(input_ids, mask_BT) if logits_processor else None
+        carried: dict[str, torch.Tensor] | None = None
         last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         while True:
             if past_BT is not None:
@@ -60,6 +63,9 @@ class DecodeLoop:
                 return input_ids
             if past_BT is not None:
                 past_BT = torch.cat([past_BT, token_B[:, None]], dim=1)
+            if carried is None:
+                carried = _carried(model, outputs, torch.cat([input_ids, token_B[:, None]], dim=1), kwargs)
+                del outputs, inputs
             if len(live) <= _SHRINK_AT * len(rows):
                 keep = torch.tensor(live, device=token_B.device)
                 rows = [rows[place] for place in live]
@@ -67,9 +73,10 @@ class DecodeLoop:
                 token_B = token_B[keep]
                 mask_BT = None if mask_BT is None else mask_BT[keep]
                 position = None if position is None else position[..., keep, :]
+                carried = {name: tensor[keep] for name, tensor in carried.items()}
                 seen_BV = None if seen_BV is None else seen_BV[keep]
                 past_BT = None if past_BT is None else past_BT[keep]
-            step = {"input_ids": token_B[:, None], "past_key_values": cache}
+            step = carried | {"input_ids": token_B[:, None], "past_key_values": cache}
             if mask_BT is not None:
                 mask_BT = step["attention_mask"] = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
             if position is not None:
@@ -77,6 +84,20 @@ class DecodeLoop:
             logits_BV = model(**step, **last_only, use_cache=True, return_dict=True).logits[:, -1]
             self._counts.num_decode_steps += 1
             self._counts.num_decode_rows += len(rows)
+
+
+def _carried(model: Any, outputs: Any, input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What else transformers gives the first decode step for each row; the same holds for all later ones.
+
+    Such as Mllama's mask over the images, [B, 1, images, tiles], or the type of a text token.
+    """
+    kwargs = model._update_model_kwargs_for_generation(outputs, dict(kwargs), is_encoder_decoder=False)
+    inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
+    return {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.shape[:1] == input_ids.shape[:1] and name not in _OURS
+    }
 
 
 def _last_position(inputs: Mapping[str, Any], num_rows: int) -> torch.Tensor | None:
@@ -88,7 +109,7 @@ def _last_position(inputs: Mapping[str, Any], num_rows: int) -> torch.Tensor | N
     return position.expand(*position.shape[:-2], num_rows, 1) if position.shape[-2] == 1 else position
 
 
-def _seen(input_ids: torch.Tensor, mask_BT: torch.Tensor | None, logits_BV: torch.Tensor) -> torch.Tensor:
+def seen_tokens(input_ids: torch.Tensor, mask_BT: torch.Tensor | None, logits_BV: torch.Tensor) -> torch.Tensor:
     """Which tokens a row's prompt has. Padding does not count: it differs from batch to batch."""
     mask_BT = torch.ones_like(input_ids) if mask_BT is None else mask_BT
     counts_BV = torch.zeros(logits_BV.shape, dtype=torch.int32, device=logits_BV.device)

@@ -29,6 +29,28 @@ class Attention(Enum):
     eager = "eager"
 
 
+class Quantization(Enum):
+    """What the weights of the language model are stored in; none leaves them in vlm.dtype."""
+
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
+    float8 = "float8"
+
+
+class QuantizationBackend(Enum):
+    """The package that quantizes. bitsandbytes knows int8 (LLM.int8) and int4 (nf4)."""
+
+    quanto = "quanto"
+    bitsandbytes = "bitsandbytes"
+
+
+class DeviceMap(Enum):
+    """How a model is spread over devices."""
+
+    auto = "auto"
+
+
 @dataclass(kw_only=True, slots=True)
 class VlmConfig:
     """Which model, and in what arithmetic."""
@@ -39,9 +61,20 @@ class VlmConfig:
     attn_implementation: Attention = option(
         Attention.auto, "attention kernel: auto, flash_attention_2, sdpa, eager ...", speed=True
     )
+    quantization: Quantization = option(
+        Quantization.none, "weights of the language model in none, int8, int4 or float8: less memory, not more speed"
+    )
+    quantization_backend: QuantizationBackend = option(
+        QuantizationBackend.quanto, "package that quantizes: quanto, or bitsandbytes (int8 and int4 alone)"
+    )
+    quantize_vision: bool = option(False, "quantize the vision tower and the projector as well")
     device: str = option("auto", "auto, cpu, cuda, cuda:n or mps", speed=True)
+    device_map: DeviceMap | None = option(
+        None, "auto spreads a model over all GPUs that is larger than one; null = one device", speed=True
+    )
     processor: dict[str, Any] = option(doc="options of the model's processor, e.g. {max_pixels: 1003520}", factory=dict)
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
+    allow_pickle: bool = option(False, "accept weights in *.bin files where there are no *.safetensors", speed=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,6 +86,9 @@ class EngineConfig:
     max_batch_rows: int = option(64, "rows in a batch", speed=True, least=1)
     max_batch_tokens: int = option(
         65_536, "padded prompt tokens plus max_new_tokens, over a batch", speed=True, least=1
+    )
+    parity_rows: int = option(
+        8, "rows answered alone and as a batch before a long run, and compared; 0 = none", speed=True, least=0
     )
     num_workers: int | None = option(
         None, "processes that open and encode images; null = from the cores", speed=True, least=1

@@ -13,7 +13,7 @@ import torch
 from pipeline.errors import Interrupted
 from pipeline.vlm.answer import Ending, Generation
 from pipeline.vlm.base import StopSignal
-from pipeline.vlm.decode import Choose
+from pipeline.vlm.decode import Choose, seen_tokens
 
 
 class OwnLoop:
@@ -22,14 +22,18 @@ class OwnLoop:
     def __init__(self, generations: Sequence[Generation], choose: Choose, *, needs_history: bool) -> None:
         self._generations, self._choose, self._needs_history = generations, choose, needs_history
         self._seen_BV: torch.Tensor | None = None
+        self._prompt: tuple[torch.Tensor, torch.Tensor | None] | None = None  # tokens and mask; none for a decoder
 
     def run(self, model: Any, batch: dict[str, Any], settings: Any) -> None:
         """Generate until every row has ended."""
+        if not model.config.is_encoder_decoder:
+            self._prompt = (batch["input_ids"], batch.get("attention_mask"))
         model.generate(**batch, generation_config=settings, logits_processor=[self], stopping_criteria=[self.ended])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self._seen_BV is None and self._needs_history:
-            self._seen_BV = torch.zeros_like(scores, dtype=torch.bool)  # the decoder's own tokens alone
+            nothing_BV = torch.zeros_like(scores, dtype=torch.bool)  # a decoder has its own tokens alone
+            self._seen_BV = seen_tokens(*self._prompt, scores) if self._prompt else nothing_BV
         token_B = self._choose(self._generations, scores, self._seen_BV)
         return torch.full_like(scores, -torch.inf).scatter(1, token_B[:, None], 0.0)
 

@@ -1,7 +1,7 @@
 """The static engine: padded batches of like length, from which finished rows leave.
 
 transformers prepares inputs and cache (`generate`), and calls our loop in place of its own (decode.py).
-Encoder-decoders and beam searches keep transformers' loop (search.py).
+Encoder-decoders, beam searches and models that our loop does not fit (fit.py) keep transformers' loop (search.py).
 
 Shapes: B rows in the batch, V tokens of the vocabulary.
 """
@@ -22,8 +22,9 @@ from transformers import GenerationConfig as TransformersConfig
 from pipeline.errors import Interrupted, RunFailed
 from pipeline.records import Answer, EncodedSample, Fault, Stage
 from pipeline.vlm.answer import Ending, Generation
-from pipeline.vlm.base import Batcher, EngineCounts, OnToken, StopSignal
+from pipeline.vlm.base import Batcher, EngineCounts, OnToken, StopSignal, Trace
 from pipeline.vlm.decode import DecodeLoop
+from pipeline.vlm.fit import Fit
 from pipeline.vlm.generation import PROCESSORS, SEARCH, WARPERS, GenerationSettings
 from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.sampling import Sampler
@@ -51,11 +52,18 @@ class StaticEngine:
         self._loaded, self._model = loaded, loaded.model
         self._settings = settings
         self._batcher, self._sampler, self._ending = batcher, sampler, ending
-        self._max_new_tokens, self._stop = max_new_tokens, stop
+        self.max_new_tokens, self._stop = max_new_tokens, stop
         self._full_budget = (batcher.max_rows, batcher.max_tokens)
         self._num_calm_batches = 0
         self._transformers_settings = _transformers_settings(loaded, settings, ending)
         _check_forward(loaded.model, settings)
+        self._fit = Fit(
+            loaded.model,
+            batcher,
+            self._transformers_settings,
+            self._model_inputs,
+            is_encoder_decoder=loaded.is_encoder_decoder,
+        )
         self.counts = EngineCounts()
         self.on_token: OnToken | None = None
 
@@ -70,12 +78,38 @@ class StaticEngine:
             Interrupted: the grace period ended within a batch.
             RunFailed: the accelerator failed.
         """
-        for group in self._batcher.groups(samples):
+        for group in self._fit.groups(samples):
             if self._stop.requested:
                 return
             for generation in self._generated(group):
                 yield self._ending.answer(generation)
             self._recover()
+
+    @property
+    def dtype(self) -> str:
+        return str(self._model.dtype).removeprefix("torch.")
+
+    def trace(self, samples: Sequence[EncodedSample]) -> list[Trace | None]:
+        """Answer samples in batches as a run would, keep every step's logits, count nothing; None for what fails."""
+        found: dict[int, Trace] = {}
+        counts, on_token = self.counts, self.on_token
+        self.counts, self.on_token = EngineCounts(), None
+        try:
+            for group in self._fit.groups(iter(samples)):
+                generations = self._fresh(group)
+                for generation in generations:
+                    generation.logits_SV = []
+                if problem := self._attempt(generations):
+                    log.info("parity: %d rows left out, as generation failed (%s: %s)", len(group), *problem)
+                    continue
+                found |= {
+                    id(row.sample): Trace(tuple(row.tokens), row.logits_SV or [])
+                    for row in generations
+                    if row.fault is None
+                }
+        finally:
+            self.counts, self.on_token = counts, on_token
+        return [found.get(id(sample)) for sample in samples]
 
     def _generated(self, group: Sequence[EncodedSample]) -> list[Generation]:
         """A group's generations. What fails is halved until the culprit stands alone; its neighbours are answered."""
@@ -106,7 +140,7 @@ class StaticEngine:
         return found
 
     def _fresh(self, group: Sequence[EncodedSample]) -> list[Generation]:
-        return [Generation(sample, sample.max_new_tokens or self._max_new_tokens) for sample in group]
+        return [Generation(sample, sample.max_new_tokens or self.max_new_tokens) for sample in group]
 
     def _generate(self, generations: list[Generation]) -> None:
         if self._settings.num_beams == 1:
@@ -116,25 +150,27 @@ class StaticEngine:
 
     @torch.inference_mode()
     def _generate_batch(self, generations: list[Generation]) -> None:
-        batch: dict[str, Any] = self._batcher.collate([generation.sample for generation in generations])
-        batch = {name: self._moved(tensor) for name, tensor in batch.items()}
+        batch = self._model_inputs(self._batcher.collate([generation.sample for generation in generations]))
         settings = copy.copy(self._transformers_settings)
         settings.max_new_tokens = max(generation.max_new_tokens for generation in generations)
         self.counts.num_batches += 1
         self.counts.num_prompt_tokens += int(batch["attention_mask"].sum())
         self.counts.num_padded_prompt_tokens += batch["input_ids"].numel()
-        batch |= self._settings.forward
         needs_history = self._sampler.needs_history
         if self._settings.num_beams > 1:
             penalty = self._settings.sampling.repetition_penalty
             search = BeamSearch(generations, self._ending, self._stop, repetition_penalty=penalty)
             search.run(self._model, batch, settings)
-        elif self._loaded.is_encoder_decoder:
+        elif self._fit.own_loop:
             OwnLoop(generations, self._choose, needs_history=needs_history).run(self._model, batch, settings)
         else:
             loop = DecodeLoop(generations, self._choose, self.counts, needs_history=needs_history)
             self._model.generate(**batch, generation_config=settings, custom_generate=loop)
         self.counts.num_generated_tokens += sum(len(generation.tokens) for generation in generations)
+
+    def _model_inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """A batch on the model's device in its arithmetic, and what else generate() gets."""
+        return {name: self._moved(tensor) for name, tensor in batch.items()} | dict(self._settings.forward)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self._loaded.device, non_blocking=True)
@@ -148,8 +184,12 @@ class StaticEngine:
         token_B, finite_B = self._sampler.choose(logits_BV, samples, steps, seen_BV)
         if seen_BV is not None:
             seen_BV.scatter_(1, token_B[:, None], True)
-        for row, token, finite in zip(generations, token_B.tolist(), finite_B.tolist(), strict=True):
+        for place, (row, token, finite) in enumerate(
+            zip(generations, token_B.tolist(), finite_B.tolist(), strict=True)
+        ):
             if not row.done:  # a finished row may stay in the batch for some steps
+                if row.logits_SV is not None:
+                    row.logits_SV.append(logits_BV[place].to("cpu", torch.float32, copy=True))
                 self._ending.add(row, token, finite=finite)
                 if self.on_token is not None and finite:
                     self.on_token(row.sample, token)

@@ -175,6 +175,158 @@ def test_a_row_that_guesses_the_form_of_the_marker_places_no_image() -> None:
     assert shape(asked("{{ q }}{{ image() }}", q=hostile)) == [("user", [hostile, "*"])]
 
 
+def test_image_as_users_of_llava_write_it_places_an_image_in_a_chat() -> None:
+    assert shape(asked("<image>\nWhat is {{ q }}?", q="<image>")) == [("user", ["*", "\nWhat is <image>?"])]
+    assert shape(asked("{% if a %}Is <image> like <image>?{% endif %}", 2, a=1)) == [
+        ("user", ["Is ", "*", " like ", "*", "?"])
+    ]
+    assert fault("<image> or <image>?", num_images=1).kind == "ImageCount"
+
+
+def test_examples_may_be_written_as_users_of_llava_do(tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(b"x")
+    shown = str(tmp_path / "cat.jpg")
+    example = ExampleConfig(user="Look: <image>", assistant="<image>", images=[shown])
+    prompt = PromptConfig(user="Q", examples=[example]).build(()).prompts(row(0))[0]
+    assert shape(prompt) == [("user", ["Look: ", "*"]), ("assistant", ["<image>"]), ("user", ["Q"])]
+    with pytest.raises(UsageError, match=r"prompt\.examples\[0\]\.user has 2 times <image>, but names 1 images"):
+        PromptConfig(examples=[ExampleConfig(user="<image><image>", assistant="x", images=[shown])]).build(())
+
+
+# Plain prompts, and the start of the answer
+
+
+def masked(text: str, warnings: list[str]) -> str:
+    """Stands for what a model's processor does to its tokens in data."""
+    if "<OD>" in text:
+        warnings.append("masked")
+    return text.replace("<OD>", "*")
+
+
+def plain(user: str, num_images: int = 0, settings: Any = None, **columns: Any) -> Prompt:
+    config = PromptConfig(user=user, format=PromptFormat.plain, **settings or {})
+    return config.build(tuple(columns)).prompt(row(num_images, **columns), "default", masked)
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        ("<OD>", "<OD>"),
+        ("<OD>{{ q }}", "<OD>a * b"),
+        ("<{{ q[3:5] }}>", "<OD>"),  # the user's brackets, the row's letters
+        ("{% for x in [q, q] %}<OD>{{ x }},{% endfor %}", "<OD>a * b,<OD>a * b,"),
+        ("{% set x %}{{ q }}{% endset %}{{ x | upper }}", "A * B"),
+        ("{{ row.q ~ '!' }}", "a * b!"),
+        ("{{ q[2:4] }}{{ q[4:6] }}", "*"),  # no two columns give a token that neither has
+        ("{% for x in q %}{{ x }}{% endfor %}", "a * b"),
+        ("{% for x in q %}{{ x }},{% endfor %}", "a, ,<,O,D,>, ,b,"),
+        ("{% macro m(x) %}{{ x }}{% endmacro %}{{ m(q) }}", "a * b"),
+    ],
+)
+def test_a_plain_prompt_keeps_the_models_tokens_that_the_user_wrote_and_no_others(user: str, expected: str) -> None:
+    prompt = plain(user, q="a <OD> b")
+    assert prompt.messages == ({"role": "user", "content": [{"type": "text", "text": expected, "verbatim": True}]},)
+    assert ("masked" in prompt.warnings) == ("*" in expected)
+
+
+def test_image_is_only_text_in_a_plain_prompt_and_image_places_one() -> None:
+    assert shape(plain("USER: <image>\nQ", 1)) == [("user", ["*", "USER: <image>\nQ"])]
+    assert shape(plain("USER: {{ image() }}\nQ", 1)) == [("user", ["USER: ", "*", "\nQ"])]
+
+
+def test_what_is_removed_from_a_text_hides_no_token() -> None:
+    prompt = plain("{{ q }}", q="<O\0D>")
+    assert prompt.text == "*"
+    assert prompt.warnings == ("text cleaned: 1 NUL removed", "masked")
+
+
+def test_the_place_of_an_image_is_no_data() -> None:
+    template = PromptConfig(user="{{ 'A: ' ~ image() ~ q }}", format=PromptFormat.plain).build(["q"])
+    found = template.prompt(row(1, q="<i>"), "default", lambda text, _: text.replace("<i", "*"))
+    assert shape(found) == [("user", ["A: ", "*", "*>"])]
+
+
+def test_a_chat_and_a_conversation_are_left_to_the_processor() -> None:
+    chat = PromptConfig(user="<OD>{{ q }}").build(["q"]).prompt(row(0, q="<OD>"), "default", masked)
+    assert chat.messages == ({"role": "user", "content": [{"type": "text", "text": "<OD><OD>"}]},)
+    talk = PromptConfig(format=PromptFormat.plain).build((), has_messages=True)
+    found = talk.prompt(row(0, messages=({"role": "user", "content": "<OD>"},)), "default", masked)
+    assert found.messages == ({"role": "user", "content": [{"type": "text", "text": "<OD>"}]},)
+
+
+def test_without_a_processor_no_text_of_a_plain_prompt_is_trusted() -> None:
+    [prompt] = PromptConfig(user="<OD>{{ q }}", format=PromptFormat.plain).build(["q"]).prompts(row(0, q="<OD>"))
+    assert prompt.messages == ({"role": "user", "content": [{"type": "text", "text": "<OD><OD>"}]},)
+
+
+@pytest.mark.parametrize("format", list(PromptFormat))
+def test_the_start_of_the_answer_is_a_turn_of_the_assistants(format: PromptFormat) -> None:
+    config = PromptConfig(user="Q", assistant_prefix="<OD>{{ lead }} ", format=format)
+    prompt = config.build(["lead"]).prompt(row(0, lead="It <OD>"), "default", masked)
+    assert prompt.messages[-1] == {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "<OD>It * ", "verbatim": True}],
+    }
+    assert prompt.text == "Q"
+    assert config.build(["lead"]).prompt(row(0, lead="x"), "default").messages[-1]["content"][0] == {
+        "type": "text",
+        "text": "<OD>x ",
+    }
+
+
+def test_an_empty_start_of_the_answer_is_none_and_a_conversation_that_has_one_keeps_its_own() -> None:
+    assert [role for role, _ in shape(asked_with_prefix("{{ lead }}", lead=""))] == ["user"]
+    talk: list[Any] = [{"role": "user", "content": "A?"}]
+    assert shape(conversation(talk, assistant_prefix="So"))[-1] == ("assistant", ["So"])
+    talk.append({"role": "assistant", "content": "It is"})
+    assert shape(conversation(talk, assistant_prefix="So"))[-1] == ("assistant", ["It is"])
+
+
+def asked_with_prefix(prefix: str, **columns: Any) -> Prompt:
+    return PromptConfig(assistant_prefix=prefix).build(tuple(columns)).prompts(row(**columns))[0]
+
+
+def test_a_start_of_the_answer_obeys_the_rules_of_templates() -> None:
+    with pytest.raises(UsageError, match=r"prompt\.assistant_prefix uses 'b'"):
+        PromptConfig(assistant_prefix="{{ b }}").build(["a"])
+    with pytest.raises(UsageError, match=r"prompt\.assistant_prefix uses image\(\)"):
+        PromptConfig(assistant_prefix="{{ image() }}").build(["a"])
+    with pytest.raises(RowFault, match=r"prompt\.assistant_prefix: column 'a' is null"):
+        asked_with_prefix("{{ a }}", a=None)
+
+
+# Sketches of a run's prompts, on which a chat template is tried
+
+
+def test_the_first_sketch_has_the_shape_of_every_rows_prompt(tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(b"x")
+    config = PromptConfig(
+        system="S",
+        user="{{ a }}",
+        assistant_prefix="P",
+        examples=[ExampleConfig(user="U", assistant="A", images=[str(tmp_path / "cat.jpg")])],
+    )
+    sketches = config.build(["a"]).sketches(has_images=True)
+    forms = [[(turn["role"], [part["type"] for part in turn["content"]]) for turn in sketch] for sketch in sketches]
+    assert forms[0] == [
+        ("system", ["text"]),
+        ("user", ["image", "text"]),
+        ("assistant", ["text"]),
+        ("user", ["image", "text"]),
+        ("assistant", ["text"]),
+    ]
+    assert [form[3][1] for form in forms] == [["image", "text"], ["text"], ["image", "image", "text"]]
+    assert [len(sketch) for sketch in PromptConfig().build(()).sketches(has_images=False)] == [1]
+
+
+def test_conversations_are_sketched_with_a_system_turn_and_without() -> None:
+    sketches = PromptConfig().build((), has_messages=True).sketches(has_images=True)
+    roles = [[turn["role"] for turn in sketch] for sketch in sketches]
+    assert roles[0] == ["user"]
+    assert ["user", "assistant", "user"] in roles
+    assert ["system", "user", "assistant", "user"] in roles
+
+
 # Mistakes that are found before the model loads
 
 
@@ -221,6 +373,8 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         PromptConfig(system="Be brief.", format=PromptFormat.plain).build([])
     with pytest.raises(UsageError, match="is not a file"):
         PromptConfig(examples=[ExampleConfig(assistant="x", images=[str(tmp_path / "gone.jpg")])]).build([])
+    with pytest.raises(UsageError, match=r"prompt\.format=plain uses no chat template"):
+        PromptConfig(chat_template="a.jinja", format=PromptFormat.plain).build([])
     with pytest.raises(UsageError, match="max_image_pixels is 0"):
         PromptConfig(max_image_pixels=0).build([])
 
@@ -493,7 +647,8 @@ def test_every_shipped_prompt_compiles_and_asks(path: Path) -> None:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PromptConfig), shipped))
     assert isinstance(config, PromptConfig)
     prompt = config.build(["question"]).prompts(row(question="How many?"))[0]
-    assert prompt.text == prompt.text.strip() != ""
+    assert prompt.text == prompt.text.strip()
+    assert bool(prompt.text) == (path.stem != "plain_caption")
 
 
 def test_the_options_are_written_in_yaml_as_documented() -> None:

@@ -180,3 +180,71 @@ def test_a_batch_of_one_is_the_sample_itself() -> None:
     assert batch["attention_mask"].all()
     batch["pixel_values"].zero_()
     assert pixels.any()  # the sample keeps its own: it may be tried again
+
+
+def test_an_encoders_prompts_are_padded_at_the_end() -> None:
+    batcher = batcher_of()
+    batcher.pads_right = True
+    batch = batcher.collate([sample(0, 3), sample(1, 5)])
+    assert batch["input_ids"].tolist() == [[100, 101, 102, PAD, PAD], [100, 101, 102, 103, 104]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+def test_columns_of_padding_alone_can_be_asked_for() -> None:
+    batch = batcher_of().collate(
+        [sample(0, 3, cross_attention_mask=np.ones((1, 3, 1, 4), np.int64))], num_extra_tokens=2
+    )
+    assert batch["input_ids"].tolist() == [[PAD, PAD, 100, 101, 102]]
+    assert batch["cross_attention_mask"][0, :, 0, 0].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_one_sample_shows_that_a_tensor_does_not_run_along_the_tokens() -> None:
+    # InstructBLIP encodes the question a second time: here both are as long as their prompts by chance.
+    question = [np.ones((1, 4), np.int64), np.ones((1, 6), np.int64), np.ones((1, 9), np.int64)]
+    given = [sample(i, (4, 6, 5)[i], qformer_input_ids=ids) for i, ids in enumerate(question)]
+    batcher = batcher_of(max_rows=8)
+    list(batcher.groups(iter(given)))
+    assert batcher.collate(given[:2])["qformer_input_ids"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+
+
+# What a model does not bear ------------------------------------------------------------------------------------------
+
+
+def test_without_padding_of_tokens_only_equal_lengths_share_a_batch() -> None:
+    batcher = batcher_of(max_rows=16)
+    batcher.may_pad_tokens = False
+    groups = list(batcher.groups(iter(mixed(300))))
+    assert all(len({one.num_tokens for one in group}) == 1 for group in groups)
+    assert sorted(number for group in groups for number in numbers(group)) == list(range(300))
+    assert max(map(len, groups)) > 1
+
+
+def test_without_padding_of_images_only_equal_shapes_share_a_batch() -> None:
+    batcher = batcher_of(max_rows=16)
+    batcher.may_pad_images = False
+    groups = list(batcher.groups(iter(mixed(300))))
+    for group in groups:
+        assert not batcher.pads_images(group)
+        assert len({one.tensors["pixel_values"].shape for one in group if "pixel_values" in one.tensors}) <= 1
+    assert max(map(len, groups)) == 16
+
+
+def test_a_group_can_be_cut_anew_when_it_turns_out_that_it_must_not_be_padded() -> None:
+    batcher = batcher_of(max_rows=8)
+    [group] = batcher.groups(iter([sample(number, 3 + number % 2) for number in range(8)]))
+    batcher.may_pad_tokens = False
+    assert [{one.num_tokens for one in part} for part in batcher.split(group)] == [{4}, {3}]
+
+
+def test_lists_of_patches_of_many_lengths_do_not_keep_like_prompts_apart() -> None:
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 100, 512).tolist()
+    patches = [np.zeros((count, 6), np.float32) for count in random.integers(4, 40, 512)]
+    text = [sample(number, length) for number, length in enumerate(lengths)]
+    both = [sample(number, length, pixel_values=patches[number]) for number, length in enumerate(lengths)]
+
+    def widths(given: list[EncodedSample]) -> list[int]:
+        groups = batcher_of(max_rows=8, max_tokens=100_000).groups(iter(given))
+        return [max(one.num_tokens for one in group) for group in groups]
+
+    assert widths(both) == widths(text)

@@ -69,6 +69,10 @@ def build() -> Callable[[Task], Any]:
     return work
 
 
+def build_refused() -> Callable[[Task], Any]:
+    raise RunFailed("the chat template does not fit")
+
+
 def build_broken() -> Callable[[Task], Any]:
     raise FileNotFoundError("preprocessor_config.json")
 
@@ -205,6 +209,12 @@ def test_an_exception_of_the_tasks_reaches_the_caller() -> None:
 def test_a_worker_that_cannot_be_built_ends_the_run() -> None:
     with pytest.raises(RunFailed, match=r"FileNotFoundError: preprocessor_config\.json"):
         results_of(echoes(3), builder=build_broken)
+
+
+def test_what_a_worker_says_in_a_sentence_ends_the_run_without_a_traceback() -> None:
+    with pytest.raises(RunFailed) as caught:
+        results_of(echoes(3), builder=build_refused)
+    assert str(caught.value) == "the chat template does not fit"
 
 
 def test_a_worker_that_dies_while_it_is_built_ends_the_run() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_processors import save_idefics3
 
 from pipeline.preparation import Preparation, PreparationOptions, Task
-from pipeline.prompt.template import PromptConfig
+from pipeline.prompt.template import PromptConfig, PromptFormat
 from pipeline.records import Answer, EncodedSample, Fault, ImageRef, RecordKey, Row, Stage
 from pipeline.tensors.pool import WorkerPool
 from pipeline.tensors.processor import ProcessorSource
@@ -25,12 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_of(
-    folder: Path, columns: tuple[str, ...] = (), max_tokens: int | None = None, **prompt: Any
+    folder: Path, columns: tuple[str, ...] = (), max_tokens: int | None = None, plain: bool = False, **prompt: Any
 ) -> PreparationOptions:
     config = PromptConfig(**prompt)
     return PreparationOptions(
         template=config.build(columns),
-        processor=ProcessorSource(str(folder), max_tokens=max_tokens),
+        processor=ProcessorSource(str(folder), max_tokens=max_tokens, plain=plain),
         fingerprint="f",
         max_image_pixels=config.max_image_pixels,
         allow_urls=False,
@@ -90,6 +90,27 @@ def test_each_key_has_one_result_and_the_image_is_told(folder: Path) -> None:
     assert {result.facts.prompt for result in results} == {"What?", "Describe it at length."}
     assert {result.facts.image_width for result in results} == {(40,)}
     assert len({result.facts.row_key for result in results}) == 2
+
+
+def test_a_plain_prompt_gives_the_model_the_users_tokens_and_a_row_none(folder: Path) -> None:
+    prepare = Preparation(
+        options_of(folder, ("q",), plain=True, user="<image>{{ q }}<end_of_utterance>", format=PromptFormat.plain)
+    )
+    [sample, _] = prepare(task(photo(40, 30), columns={"q": "<image>What?</s>"}))
+    assert isinstance(sample, EncodedSample)
+    assert prepare.processor.tokenizer.decode(sample.tensors["input_ids"][0]).endswith(
+        "< image>What?< /s><end_of_utterance>"
+    )
+    assert (sample.facts.num_image_tokens, sample.facts.num_images) == (4, 1)
+    assert sample.facts.warnings == ("text cleaned: ['</s>', '<image>'] are tokens of the model",)
+
+
+def test_the_prompt_ends_with_the_start_of_the_answer(folder: Path) -> None:
+    prepare = Preparation(options_of(folder, ("q",), assistant_prefix="I see {{ q }} "))
+    [sample, _] = prepare(task(photo(40, 30), columns={"q": "two"}))
+    assert isinstance(sample, EncodedSample)
+    assert prepare.processor.tokenizer.decode(sample.tensors["input_ids"][0]).endswith("assistant:I see two ")
+    assert sample.facts.prompt == "Describe this image."
 
 
 def test_a_row_that_could_not_be_read_keeps_its_fault(folder: Path) -> None:

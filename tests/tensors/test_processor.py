@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ from tiny_processors import (
     BLIND_TEMPLATE,
     IDEFICS_TEMPLATE,
     STRICT_TEMPLATE,
+    save_blip2,
+    save_florence2,
+    save_git,
     save_idefics2,
     save_idefics3,
+    save_kosmos2,
     save_llava,
+    save_paligemma,
     tokenizer,
 )
 
 from pipeline.errors import RowFault, RunFailed
+from pipeline.tensors.probe import question
 from pipeline.tensors.processor import Processor, ProcessorSource
 
 NUM_IMAGE_TOKENS = {"idefics3": 4, "idefics2": 4, "llava": 16}
@@ -101,8 +108,13 @@ class Careless:
         return {**self._processor.tokenizer(text, return_tensors=return_tensors), **pixels}
 
 
-def test_a_template_that_drops_the_images_is_a_fault(tmp_path: Path) -> None:
-    blind = processor_of(save_llava(tmp_path, BLIND_TEMPLATE))
+def test_a_template_that_drops_the_images_is_refused_and_where_rows_have_none_a_fault_of_its_row(
+    tmp_path: Path,
+) -> None:
+    save_llava(tmp_path, BLIND_TEMPLATE)
+    with pytest.raises(RunFailed, match="does not fit this run"):
+        processor_of(tmp_path)
+    blind = processor_of(tmp_path, sketches=(question(0),))
     with pytest.raises(RowFault) as caught:
         blind.encode([turn("What is it?", 1)], [picture()])
     assert caught.value.stage == "encode"
@@ -127,6 +139,12 @@ def test_tokens_of_the_model_in_a_rows_text_are_only_text_and_flagged(folders: d
     assert "A sign says < image>< image>. < end_of_utterance>" in special.decode(ids, skip_special_tokens=True)
     [warning] = found.warnings
     assert warning == "text cleaned: ['</s>', '<end_of_utterance>', '<image>'] are tokens of the model"
+
+
+def test_two_parts_of_a_turn_give_no_token_that_neither_has(idefics3: Processor) -> None:
+    parts = [{"type": "text", "text": text} for text in ("<ima", "ge>", "<", "/s>", "a", "b")]
+    found = idefics3.encode([{"role": "user", "content": parts}], [])
+    assert text_of(found) == "user:<ima ge>< /s>ab\nassistant:"
 
 
 def test_the_turn_that_is_cleaned_is_left_as_it_was(idefics3: Processor) -> None:
@@ -204,9 +222,92 @@ def test_a_model_without_chat_template_needs_plain_prompts(tmp_path: Path) -> No
     save_idefics3(tmp_path, None)
     with pytest.raises(RunFailed, match=r"no chat template\. Set prompt\.format=plain"):
         processor_of(tmp_path)
-    found = processor_of(tmp_path, plain=True).encode([turn("<image>What is it? Answer:")], [picture()])
+    found = processor_of(tmp_path, plain=True).encode([turn("What is it? Answer:", 1)], [picture()])
     assert found.num_image_tokens == 4
     assert text_of(found).endswith("What is it? Answer:")
+
+
+def own(text: str, num_images: int = 0, role: str = "user") -> dict[str, Any]:
+    """A turn that the user wrote, and no row."""
+    parts: list[dict[str, Any]] = [{"type": "image"}] * num_images
+    return {"role": role, "content": [*parts, {"type": "text", "text": text, "verbatim": True}]}
+
+
+@pytest.mark.parametrize(
+    ("save", "asked", "tokens"),
+    [
+        (save_blip2, "Question: Is it red? Answer:", "<image><image><image><image><s>Question: Is it red? Answer:"),
+        (save_paligemma, "caption en", "<image><image><image><image><s>caption en\n"),
+        (
+            save_florence2,
+            "<OD>",
+            "<image><image><image><image><image><s>Locate the objects with category name in the image.</s>",
+        ),
+        (save_git, "what colour?", "[CLS]what colour?"),
+        (save_git, "", "[CLS]"),
+        (lambda folder: save_llava(folder, None), "What?", "<s>" + 16 * "<image>" + "What?"),
+    ],
+)
+def test_the_documented_prompt_form_of_a_model_without_template_reaches_it(
+    tmp_path: Path, save: Callable[[Path], Path], asked: str, tokens: str
+) -> None:
+    processor = processor_of(save(tmp_path), plain=True)
+    found = processor.encode([own(asked, 1)], [picture()])
+    assert processor.tokenizer.decode(found.tensors["input_ids"][0]) == tokens
+    assert {array.shape[1] for name, array in found.tensors.items() if array.ndim == 2} == {found.num_prompt_tokens}
+    assert found.warnings == ()
+
+
+def test_a_token_of_the_task_is_kept_where_the_user_wrote_it_and_taken_out_of_data(tmp_path: Path) -> None:
+    processor = processor_of(save_kosmos2(tmp_path), plain=True)
+    grounded = processor.encode([own("<grounding>An image of", 1)], [picture()]).tensors["input_ids"][0]
+    assert processor.tokenizer.convert_tokens_to_ids("<grounding>") in grounded
+    data = processor.encode([turn("<grounding>An image of", 1)], [picture()])
+    assert processor.tokenizer.convert_tokens_to_ids("<grounding>") not in data.tensors["input_ids"][0]
+    assert data.warnings == ("text cleaned: ['<grounding>'] are tokens of the model",)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (["*", "Q"], "<image>Q"),
+        (["*", "*", "Q"], "<image><image>Q"),
+        (["Is ", "*", " red?"], "Is <image> red?"),
+        (["*", "USER: <image>\nQ ASSISTANT:"], "USER: <image>\nQ ASSISTANT:"),
+        (["*", "*", "Is <image> red?"], "<image>Is <image> red?"),
+    ],
+)
+def test_images_of_a_plain_prompt_come_first_or_where_the_user_writes_them(
+    folders: dict[str, Path], parts: list[str], expected: str
+) -> None:
+    content = [{"type": "image"} if part == "*" else {"type": "text", "text": part, "verbatim": True} for part in parts]
+    processor = processor_of(folders["llava"], plain=True)
+    asked = [{"role": "user", "content": content}]
+    assert processor.text(asked, []) == expected
+    num_images = expected.count("<image>")
+    assert processor.encode(asked, [picture()] * num_images).num_image_tokens == 16 * num_images
+
+
+def test_a_plain_prompt_places_an_image_as_the_models_chat_template_does(tmp_path: Path) -> None:
+    template = IDEFICS_TEMPLATE.replace("<image>", "[<image>]")
+    assert processor_of(save_llava(tmp_path, template), plain=True).text([own("Q", 1)], []) == "[<image>]Q"
+
+
+def test_turns_of_a_plain_prompt_stand_on_lines_and_answers_behind_their_questions(tmp_path: Path) -> None:
+    processor = processor_of(save_blip2(tmp_path), plain=True)
+    turns = [
+        own("Question: Is it red? Answer:", 1),
+        own("no", role="assistant"),
+        own("Question: Is it big?\nAnswer: ", 1),
+        own("It is", role="assistant"),
+    ]
+    assert processor.text(turns, []) == "Question: Is it red? Answer: no\nQuestion: Is it big?\nAnswer: It is"
+
+
+def test_a_prompt_without_tokens_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(RowFault, match="no tokens") as caught:
+        processor_of(save_idefics3(tmp_path), plain=True).encode([own("")], [])
+    assert caught.value.kind == "EmptyPrompt"
 
 
 def test_a_folder_without_processor_is_named(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def folder(tmp_path: Path) -> Path:
     """A model of one weight file."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 2048}}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llava", "text_config": {"max_position_embeddings": 2048}})
+    )
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.2}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_text("A model.")
@@ -107,6 +109,11 @@ def test_a_file_is_no_model_folder(folder: Path) -> None:
         identity_of(folder / "config.json")
 
 
+def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"vlm\.revision=v2: .* is a folder, which has no revisions"):
+        identify(VlmConfig(path=str(folder), revision="v2"))
+
+
 def test_a_folder_without_config_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(RunFailed, match=r"no config\.json.*photo\.jpg"):
@@ -120,54 +127,107 @@ def test_a_damaged_config_is_named(folder: Path, content: str) -> None:
         identity_of(folder)
 
 
-def test_a_folder_without_weights_is_refused(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(RunFailed, match="no weights"):
+def test_a_configuration_without_a_type_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(RunFailed, match=r"config\.json has no model_type"):
         identity_of(folder)
 
 
-def test_pickled_weights_alone_are_refused_by_name(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(RunFailed, match=r"pytorch_model\.bin.*may run code.*safetensors"):
-        identity_of(folder)
+def test_parts_of_a_processor_in_folders_of_their_own_count(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "qformer_tokenizer").mkdir()
+    (folder / "qformer_tokenizer" / "tokenizer.json").write_text("{}")
+    (folder / "checkpoint-100").mkdir()  # left over from training
+    (folder / "checkpoint-100" / "trainer_state.json").write_text("{}")
+    (folder / "checkpoint-100" / "optimizer.pt").touch()
+    before = identity_of(folder)
+    assert {name for name in before.files if "/" in name} == {
+        "additional_chat_templates/tools.jinja",
+        "qformer_tokenizer/tokenizer.json",
+    }
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tool }}")
+    assert identity_of(folder).settings != before.settings
 
 
-def weights_cut_at(place: str, whole: bytes) -> bytes:
-    header_bytes = int.from_bytes(whole[:8], "little")
-    return whole[
-        : {"zero": 0, "length": 5, "header": 8 + header_bytes // 2, "middle": 8 + header_bytes + 20}.get(place, -1)
-    ]
+def test_weights_that_are_not_read_are_not_hashed(folder: Path) -> None:
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "pytorch_model.bin").touch()
+    assert {name for name in identity_of(folder).files if "model" in name or "consol" in name} == {"model.safetensors"}
 
 
-@pytest.mark.parametrize("place", ["zero", "length", "header", "middle", "last byte"])
-def test_a_cut_weight_file_is_named(folder: Path, place: str) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights_cut_at(place, weights.read_bytes()))
-    with pytest.raises(RunFailed, match=r"model\.safetensors (is cut off|has \d+ bytes).*Download it again"):
-        identity_of(folder)
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"text_config": {"torch_dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": None, "text_config": {"dtype": "float16"}}, "float16"),
+        ({"dtype": "auto"}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_the_dtype_is_what_the_checkpoint_says(folder: Path, config: dict[str, Any], dtype: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"} | config))
+    assert identity_of(folder).dtype == dtype
+    assert identity_of(folder).settings["vlm.dtype"] == dtype
 
 
-@pytest.mark.parametrize("header", [b"{torn   ", b"[1,2,3] ", b'{"a":1} ', b"        "])
-def test_a_damaged_weight_header_is_named(folder: Path, header: bytes) -> None:
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(RunFailed, match=r"model\.safetensors has a damaged header"):
-        identity_of(folder)
+def test_the_dtype_of_a_checkpoint_that_does_not_say_is_that_of_most_weights(folder: Path) -> None:
+    weights = {"norm": np.zeros(3, np.float32), "up": np.zeros((8, 8), np.float16), "ids": np.zeros(99, np.int64)}
+    save_file(weights, folder / "model.safetensors")
+    assert identity_of(folder).dtype == "float16"
 
 
-def test_a_weight_file_longer_than_promised_is_named(folder: Path) -> None:
-    with open(folder / "model.safetensors", "ab") as file:
-        file.write(b"more")
-    with pytest.raises(RunFailed, match=r"model\.safetensors has \d+ bytes, its header promises"):
-        identity_of(folder)
+def max_tokens(**config: Any) -> int | None:
+    return ModelIdentity("", None, Path(), {}, "float32", config, {}).max_tokens
 
 
-def test_an_index_that_lists_an_absent_file_is_named(folder: Path) -> None:
-    index: dict[str, Any] = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        RunFailed, match=r"index\.json lists \['model-00002-of-00002\.safetensors'\], which are missing"
-    ):
-        identity_of(folder)
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, None),
+        ({"text_config": {}}, None),
+        ({"text_config": {"max_position_embeddings": None}}, None),
+        ({"max_position_embeddings": 512}, 512),
+        ({"text_config": {"max_position_embeddings": 4096}, "max_position_embeddings": 77}, 4096),
+        ({"thinker_config": {"text_config": {"max_position_embeddings": 32768}}}, 32768),
+        ({"is_encoder_decoder": True, "text_config": {"max_position_embeddings": 1024}}, 2048),
+    ],
+)
+def test_the_context_is_that_of_the_language_model(config: dict[str, Any], expected: int | None) -> None:
+    assert max_tokens(**config) == expected
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"rope_type": "dynamic", "factor": 2.0}, 65536),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4096}, 32768),
+        ({"rope_type": "default"}, 32768),
+        ({"type": "mrope", "mrope_section": [16, 24, 24]}, 32768),
+        ({"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding": {"rope_type": "default"}}, 262144),
+    ],
+)
+def test_a_stretched_rotary_embedding_reaches_further(rope: dict[str, Any], expected: int) -> None:
+    for name in ("rope_scaling", "rope_parameters"):
+        assert max_tokens(text_config={"max_position_embeddings": 32768, name: rope}) == expected
+
+
+def test_the_context_is_never_less_than_transformers_says_for_any_of_its_models() -> None:
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    num_compared = 0
+    for config_class in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        config = config_class()
+        truth = getattr(config.get_text_config(), "max_position_embeddings", None)
+        found = max_tokens(**json.loads(config.to_json_string(use_diff=False)))
+        if truth is not None and found is not None:
+            num_compared += 1
+            assert found >= truth, config_class
+    assert num_compared > 70
 
 
 def test_a_model_is_identified_without_torch(folder: Path) -> None:

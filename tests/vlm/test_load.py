@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +15,8 @@ from tiny_models import EOS, PAD, batch_of_one, family, samples, tokenizer
 
 from pipeline.errors import RunFailed, UsageError
 from pipeline.vlm.identity import identify
-from pipeline.vlm.load import LoadedModel, load_model
-from pipeline.vlm.options import Attention, Dtype, VlmConfig
+from pipeline.vlm.load import LoadedModel, check_model, load_model
+from pipeline.vlm.options import Attention, DeviceMap, Dtype, Quantization, QuantizationBackend, VlmConfig
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def test_the_attention_kernel_is_the_one_that_was_asked_for(folder: Path) -> Non
 
 
 def test_a_kernel_that_is_not_installed_is_refused_when_it_was_asked_for(folder: Path) -> None:
-    with pytest.raises(RunFailed, match="FlashAttention2"):
+    with pytest.raises(UsageError, match="flash_attention_2 cannot work: flash attention needs a CUDA device"):
         loaded(folder, attn_implementation=Attention.flash_attention_2)
 
 
@@ -70,39 +74,134 @@ def test_a_tiny_model_computes_with_one_thread(folder: Path) -> None:
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", ""])
-def test_a_device_that_does_not_exist_is_a_usage_error(folder: Path, device: str) -> None:
-    with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
-        loaded(folder, device=device)
+def copied(folder: Path, to: Path, **config: Any) -> Path:
+    """A copy of a model folder, some of its configuration changed."""
+    to.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    content = json.loads((to / "config.json").read_text()) | config
+    (to / "config.json").write_text(json.dumps(content))
+    return to
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="this machine has the device")
-def test_a_cuda_device_that_is_not_there_is_a_usage_error(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"vlm\.device=cuda:7: this machine has \d CUDA devices"):
-        loaded(folder, device="cuda:7")
+def changed_weights(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    weights = load_file(copied(folder, to) / "model.safetensors")
+    change(weights)
+    save_file(weights, to / "model.safetensors", {"format": "pt"})
+    return to
 
 
 def test_weights_that_are_lacking_are_refused_instead_of_random(folder: Path, tmp_path: Path) -> None:
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    left_out = next(name for name in sorted(weights) if "layers.1.mlp" in name)
-    kept = {name: weight for name, weight in weights.items() if name != left_out}
-    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    def leave_out(weights: dict[str, torch.Tensor]) -> None:
+        del weights[next(name for name in sorted(weights) if "layers.1.mlp" in name)]
+
     with pytest.raises(RunFailed, match=r"lack 1 weights of the model: \['[a-z_.]*layers\.1\.mlp"):
+        loaded(changed_weights(folder, tmp_path, leave_out))
+
+
+def test_weights_of_another_shape_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    def widen(weights: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in sorted(weights) if "layers.1.mlp.up_proj" in name)
+        weights[name] = torch.zeros(65, 32)
+
+    with pytest.raises(
+        RunFailed,
+        match=r"1 weights in .* have other shapes.*layers\.1\.mlp\.up_proj\.weight: \(65, 32\), not \(64, 32\)",
+    ):
+        loaded(changed_weights(folder, tmp_path, widen))
+
+
+def test_weights_that_the_model_has_no_place_for_are_named_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def add(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.language_model.extra.weight"] = torch.zeros(1)
+
+    loaded(changed_weights(folder, tmp_path, add))
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "pipeline.vlm.load"]
+    assert "1 weights in" in message
+    assert "extra.weight" in message
+
+
+def test_auto_computes_in_what_the_identity_says(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    text = content["text_config"] | {"dtype": "bfloat16"}
+    copied(folder, tmp_path, dtype=None, text_config=text)
+    assert identify(VlmConfig(path=str(tmp_path))).dtype == "bfloat16"
+    assert {weight.dtype for weight in loaded(tmp_path).model.parameters()} == {torch.bfloat16}
+
+
+def test_pickled_weights_load_when_that_was_allowed(folder: Path, tmp_path: Path) -> None:
+    copied(folder, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(RunFailed, match="allow_pickle=true"):
         loaded(tmp_path)
+    found = loaded(tmp_path, allow_pickle=True)
+    sample = batch_of_one(samples("llava", 1)[0])
+    with torch.inference_mode():
+        assert torch.equal(found.model(**sample).logits, family("llava").model(**sample).logits)
 
 
-def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+class Canary:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_with_code_in_it_does_not_run_it(folder: Path, tmp_path: Path) -> None:
+    copied(folder, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": Canary(tmp_path / "touched")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(RunFailed, match="cannot be loaded"):
+        loaded(tmp_path, allow_pickle=True)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    copied(folder, tmp_path)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(RunFailed, match=r"the tokenizer in .* cannot be loaded"):
         loaded(tmp_path)
 
 
-def test_a_model_with_code_of_its_own_is_refused_unless_it_is_trusted(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
-    (tmp_path / "mine.py").write_text("raise SystemExit('code of the model ran')")
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunFailed, match="trust_remote_code"):
-        loaded(tmp_path)
+def test_device_map_auto_loads_the_same_model(folder: Path) -> None:
+    found = loaded(folder, device="auto", device_map=DeviceMap.auto)
+    sample = {name: tensor.to(found.device) for name, tensor in batch_of_one(samples("llava", 1)[0]).items()}
+    with torch.inference_mode():
+        logits = found.model(**sample).logits.cpu()
+        assert torch.allclose(logits, family("llava").model(**batch_of_one(samples("llava", 1)[0])).logits, atol=1e-4)
+    assert found.device == found.model.get_input_embeddings().weight.device
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"attn_implementation": Attention.flash_attention_2}, "flash_attention_2 cannot work"),
+        ({"device": "cuda:99"}, "this machine has"),
+        ({"quantization": Quantization.float8, "quantization_backend": QuantizationBackend.bitsandbytes}, "float8"),
+        ({"device_map": DeviceMap.auto}, "Set one of them"),
+    ],
+)
+def test_what_cannot_work_is_refused_without_reading_weights(
+    folder: Path, tmp_path: Path, option: dict[str, Any], message: str
+) -> None:
+    options = VlmConfig(path=str(folder), **({"device": "cpu"} | option))
+    identity = identify(options)
+    missing = dataclasses.replace(identity, folder=copied(folder, tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=message):
+        check_model(options, missing)
+
+
+def test_a_sound_model_passes_the_check_without_reading_weights(folder: Path, tmp_path: Path) -> None:
+    options = VlmConfig(path=str(folder), device="cpu", quantization=Quantization.int8)
+    identity = dataclasses.replace(identify(options), folder=copied(folder, tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    check_model(options, identity)

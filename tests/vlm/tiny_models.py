@@ -60,6 +60,8 @@ def family(name: str) -> Family:
     model = found.model.eval()
     for weight in model.parameters():
         if weight.ndim > 1:
+            if not weight.any():  # Gemma's projection of images starts at zero
+                weight.data.normal_(std=0.2)
             weight.data.mul_(3.0)
     model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     model.requires_grad_(False)

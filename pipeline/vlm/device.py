@@ -1,0 +1,109 @@
+"""Where a model computes: one device, or spread over all GPUs of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.errors import RunFailed, UsageError
+from pipeline.vlm.options import DeviceMap, VlmConfig
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`device` is where inputs go; `arguments` tell from_pretrained where weights go."""
+
+    device: torch.device
+    arguments: dict[str, Any]
+
+
+def placement(options: VlmConfig) -> Placement:
+    """What vlm.device and vlm.device_map ask for.
+
+    Raises:
+        UsageError: the device is not there, or both keys are set.
+    """
+    if options.device_map is None:
+        device = _device(options.device)
+        # On a GPU weights go straight there, without a copy of the whole model in the host's memory.
+        return Placement(device, {"device_map": {"": device}} if device.type == "cuda" else {})
+    if options.device != "auto":
+        raise UsageError(
+            f"vlm.device_map={options.device_map.value} spreads the model over all devices, and vlm.device="
+            f"{options.device} names one. Set one of them."
+        )
+    arguments: dict[str, Any] = {"device_map": DeviceMap.auto.value}
+    if memory := _gpu_memory():
+        arguments["max_memory"] = memory  # GPUs alone: see check_placed
+    return Placement(_device("auto"), arguments)
+
+
+def check_fits(place: Placement, num_bytes: int) -> None:
+    """Refuse a model that is larger than all GPUs together before its weights are read.
+
+    Raises:
+        RunFailed: its weights alone take more than there is.
+    """
+    memory = place.arguments.get("max_memory")
+    if memory and num_bytes > sum(memory.values()):
+        raise RunFailed(
+            f"the weights take {num_bytes / _GIB:.1f} GiB, and {len(memory)} GPUs have "
+            f"{sum(memory.values()) / _GIB:.1f} GiB free. {_REMEDIES}"
+        )
+
+
+def input_device(model: Any, place: Placement) -> torch.device:
+    """Where the inputs of a loaded model go: to its input embeddings.
+
+    Offloading to the host's memory or to disk is refused: each token would move those weights anew, which costs a
+    hundred times the time of a model that fits.
+
+    Raises:
+        RunFailed: part of a model that was spread over GPUs did not fit there.
+    """
+    parts = getattr(model, "hf_device_map", None)
+    if "max_memory" not in place.arguments and "disk" not in set((parts or {}).values()):
+        return place.device
+    if left := sorted(name for name, device in (parts or {}).items() if device in ("cpu", "disk")):
+        raise RunFailed(
+            f"the model does not fit into the memory of its devices: {len(left)} of its parts are left over "
+            f"({left[0]} ...). {_REMEDIES}"
+        )
+    found: torch.device = model.get_input_embeddings().weight.device
+    return found
+
+
+_REMEDIES = (
+    "Offloading to disk is far too slow for a batch job and is not done. Take vlm.quantization=int8, a smaller model, "
+    "or a machine with more memory."
+)
+
+
+def _gpu_memory() -> dict[int, int]:
+    """Free bytes of each GPU, a tenth left for activations and cache."""
+    return {
+        index: int(0.9 * torch.cuda.mem_get_info(index)[0])
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    }
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as problem:
+        raise UsageError(f"vlm.device={wanted}: expected auto, cpu, cuda, cuda:n or mps.") from problem
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"vlm.device={wanted}: this machine has {torch.cuda.device_count()} CUDA devices. Use vlm.device=auto."
+        )
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"vlm.device={wanted}: expected auto, cpu, cuda, cuda:n or mps.")
+    return device
