@@ -8,29 +8,28 @@ The engine is fed one endless stream across shard borders, so it never drains at
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pipeline.assembly import build_engine, parity_check, refuse_model, workers
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Inputs
 from pipeline.errors import ErrorBudgetExceeded, Interrupted, RowFault, RunFailed, UsageError
 from pipeline.feed import Feed
 from pipeline.interruption import Interruption
 from pipeline.meter import Meter
-from pipeline.plan import Plan, make_folders, open_plan, read_inputs
-from pipeline.preparation import Preparation, PreparationOptions, Task, errors
-from pipeline.prompt.template import PromptFormat, Template
+from pipeline.plan import Plan, make_folders, open_plan, read_inputs, read_plan
+from pipeline.preparation import Task, errors
+from pipeline.prompt.template import Template
 from pipeline.records import Answer, EncodedSample, Shard, Stage
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
-from pipeline.tensors.pool import Lost, WorkerPool
-from pipeline.tensors.processor import ProcessorSource
-from pipeline.vlm.base import Engine, StopSignal
-from pipeline.vlm.generation import effective_settings, log_settings
+from pipeline.tensors.pool import Lost
+from pipeline.vlm.base import Engine
+from pipeline.vlm.generation import effective_settings
 from pipeline.vlm.identity import ModelIdentity, identify
 from pipeline.write.claim import Claims
 from pipeline.write.ledger import Ledger
@@ -43,15 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ROWS_BEFORE_BUDGET = 200
-_LONG_RUN = 100  # records; below that the parity check would cost more than it tells
-# Imported once by the fork server: a worker, or its replacement, starts in milliseconds.
-_PRELOAD = (
-    "pipeline.preparation",
-    "torch",
-    "transformers.processing_utils",
-    "transformers.models.auto.processing_auto",
-    "PIL.Image",
-)
 
 
 def run(config: RunConfig, rank: int, world: int) -> None:
@@ -70,6 +60,8 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
     """The story itself: plan, workers, engine, ledger."""
     output_dir = config.output_path
     identity = identify(config.vlm)
+    if read_plan(output_dir) is None:
+        refuse_model(config, identity)  # before a source is read or a file written
     plan = planned(config, identity)
     tally = Tally(plan.num_records)
     done = published_shards(output_dir / "data", plan.plan_id)
@@ -153,19 +145,12 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
 
 def planned(config: RunConfig, identity: ModelIdentity) -> Plan:
     """The folder's plan, or a new one. What can be known to be wrong is refused before it is written."""
-
-    def scan() -> Inputs:
-        from pipeline.vlm.load import check_model  # torch: for a new plan alone
-
-        check_model(config.vlm, identity)
-        return scanned(config)
-
     return open_plan(
         config.output_path,
         answer_settings(config)
         | effective_settings(config.generation, identity.generation_config).fingerprint
         | identity.settings,
-        scan=scan,
+        scan=partial(scanned, config),
         max_rows=config.dataset.max_rows,
         shard_rows=config.write.shard_rows,
         prompt_names=config.prompt_names,
@@ -211,85 +196,6 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
 def my_shards(plan: Plan, rank: int, world: int) -> list[Shard]:
     """A rank's own shards, in order."""
     return [plan.shard(number) for number in range(rank, plan.num_shards, world)]
-
-
-def workers(
-    config: RunConfig, plan: Plan, identity: ModelIdentity, template: Template, batcher: Batcher
-) -> WorkerPool[Task, list[EncodedSample | Answer]]:
-    """The processes that render, open and encode; they start while the model loads."""
-    return WorkerPool(
-        partial(Preparation, preparation_options(config, identity, template, plan.fingerprint, plan.created[:10])),
-        num_workers=config.engine.num_workers or default_num_workers(),
-        task_seconds=config.engine.worker_timeout_seconds,
-        memory_bytes=config.engine.worker_memory_bytes,
-        max_waiting=2 * batcher.num_window_rows,
-        preload=_PRELOAD,
-    )
-
-
-def preparation_options(
-    config: RunConfig, identity: ModelIdentity, template: Template, fingerprint: str, date: str | None = None
-) -> PreparationOptions:
-    """What has to be known to render, open and encode a row.
-
-    date: what a chat template says is today: the day of the plan, so that a run resumed tomorrow asks the same.
-    """
-    return PreparationOptions(
-        template=template,
-        processor=ProcessorSource(
-            folder=str(identity.folder),
-            options=config.vlm.processor,
-            trust_remote_code=config.vlm.trust_remote_code,
-            plain=config.prompt.format is PromptFormat.plain,
-            chat_template=config.prompt.chat_template_text(),
-            date=date,
-            sketches=template.sketches(has_images=config.dataset.image_column is not None),
-            own_text=template.own_text,
-            max_tokens=identity.max_tokens,
-        ),
-        fingerprint=fingerprint,
-        max_image_pixels=config.prompt.max_image_pixels,
-        allow_urls=config.dataset.allow_urls,
-        max_new_tokens=config.generation.max_new_tokens,
-        max_new_tokens_column=config.generation.max_new_tokens_column,
-    )
-
-
-def default_num_workers() -> int:
-    """Half of the cores this process may use: the other half generates, or feeds the accelerator."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // 2))
-
-
-def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: StopSignal) -> Engine:
-    """Load the model and put an engine around it. torch is imported here, and in the worker processes."""
-    from pipeline.vlm.answer import Ending
-    from pipeline.vlm.load import load_model
-    from pipeline.vlm.sampling import Sampler
-    from pipeline.vlm.static import StaticEngine
-
-    num_threads = len(os.sched_getaffinity(0)) - (config.engine.num_workers or default_num_workers())
-    loaded = load_model(config.vlm, identity, num_threads=num_threads)
-    batcher.pad_id = loaded.pad_id
-    generation = config.generation
-    settings = effective_settings(generation, identity.generation_config)
-    log_settings(settings, identity.generation_config)
-    return StaticEngine(
-        loaded,
-        batcher,
-        Sampler(settings.sampling, config.seed),
-        Ending(loaded.tokenizer, eos_ids=loaded.eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos),
-        settings=settings,
-        max_new_tokens=generation.max_new_tokens,
-        stop=stop,
-    )
-
-
-def parity_check(config: RunConfig, engine: Engine, *, num_records: int) -> ParityCheck:
-    """What compares a long run's first rows, alone and in a batch."""
-    from pipeline.vlm.parity import ParityCheck
-
-    due = num_records >= _LONG_RUN and config.engine.max_batch_rows > 1
-    return ParityCheck(engine, num_rows=config.engine.parity_rows if due else 0)
 
 
 def samples_of(

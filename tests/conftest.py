@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import CommandLine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-CHECKOUT = Path(__file__).resolve().parents[1]
-CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -30,12 +26,3 @@ def vlm_batch(tmp_path: Path) -> CommandLine:
         return done
 
     return call
-
-
-def wait_for_journal(output_dir: Path, process: subprocess.Popen[str]) -> None:
-    """Until the first answers are on disk."""
-    deadline = time.monotonic() + 120
-    while not any(path.stat().st_size > 1000 for path in (output_dir / "work").glob("*.journal")):
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        assert time.monotonic() < deadline, "no answer within two minutes"
-        time.sleep(0.05)

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CommandLine
+from command_line import CommandLine
 
 from pipeline.compose import compose
 from pipeline.preparation import Preparation, PreparationOptions, Task

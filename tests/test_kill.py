@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CommandLine
+from command_line import CommandLine
 
 NUM_KILLS = 20
 NUM_ROWS = 600

@@ -13,6 +13,7 @@ LAYERS = [
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
     {"plan", "preparation"},
     {"feed", "config", "status", "audit"},
+    {"assembly"},
     {"compose", "run", "manifest"},
     {"preview"},
     {"__main__"},

@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CommandLine
+from command_line import CommandLine
 from PIL import Image
 from small_run import tree
 
+from pipeline.assembly import build_engine
 from pipeline.compose import compose, taken
 from pipeline.dataset.demo import DEMO_FILE
 from pipeline.errors import Interrupted, RunFailed, UsageError
@@ -34,7 +35,6 @@ from pipeline.preview.render import render
 from pipeline.preview.rows import chosen, exact_text, preview
 from pipeline.preview.terminal import Terminal, printable
 from pipeline.records import Answer, EncodedSample, FinishReason, PromptFacts, RecordKey
-from pipeline.run import build_engine
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import OnToken
 from pipeline.vlm.identity import identify

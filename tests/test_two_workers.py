@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from conftest import CommandLine, wait_for_journal
+from command_line import CommandLine, wait_for_journal
 
 JOB = ["run", "dataset.max_rows=400", "write.shard_rows=40", "write.sync_seconds=0.1", "output_dir=shared"]
 

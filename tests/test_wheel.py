@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT
+from command_line import CHECKOUT
 
 
 @pytest.mark.timeout(300)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TextIO
 
+from pipeline.assembly import preparation_options
 from pipeline.config import RunConfig
 from pipeline.errors import RowFault, UsageError
 from pipeline.preparation import Preparation, Task
@@ -20,7 +21,6 @@ from pipeline.preview.terminal import LABEL_WIDTH, Terminal
 from pipeline.prompt.image import open_image
 from pipeline.prompt.template import DEFAULT_NAME, PromptFormat
 from pipeline.records import Answer, ImageRef, RecordKey, Row
-from pipeline.run import preparation_options
 from pipeline.vlm.identity import identify
 
 _WORDS = "/image PATH adds an image to the next turn, /reset starts over, /quit ends"

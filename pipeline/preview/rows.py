@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.assembly import preparation_options
 from pipeline.config import RunConfig
 from pipeline.errors import RunFailed, UsageError
 from pipeline.preparation import Preparation, Task
@@ -13,7 +14,7 @@ from pipeline.preview.options import PreviewOptions
 from pipeline.preview.speaker import Speaker
 from pipeline.preview.terminal import Terminal
 from pipeline.records import Answer, EncodedSample, PromptFacts, RecordKey, Row
-from pipeline.run import checked, preparation_options, scanned
+from pipeline.run import checked, scanned
 from pipeline.vlm.identity import ModelIdentity, identify
 
 _NUM_ROWS = 3

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from pipeline.assembly import build_engine
 from pipeline.config import RunConfig
 from pipeline.preview.terminal import Terminal
 from pipeline.records import Answer, EncodedSample, Fault
-from pipeline.run import build_engine
 from pipeline.tensors.batch import Batcher
 from pipeline.tensors.processor import Processor
 from pipeline.vlm.identity import ModelIdentity

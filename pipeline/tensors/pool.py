@@ -22,7 +22,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -95,7 +95,6 @@ class WorkerPool(Generic[Task, Result]):
         self._task_seconds, self._memory_bytes = task_seconds, memory_bytes
         self._max_waiting, self._max_waiting_bytes = max_waiting, max_waiting_bytes
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preload))
         self._buffer: queue.SimpleQueue[tuple[str, Any, int]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._num_unconsumed = 0  # handed out and not yet taken from results()
@@ -106,8 +105,7 @@ class WorkerPool(Generic[Task, Result]):
         self._workers: list[_Worker[Task]] = []
         self._tasks: queue.SimpleQueue[Iterator[Task] | None] = queue.SimpleQueue()
         self._streaming = False
-        with environment():
-            forkserver.ensure_running()
+        start_fork_server(preload)
         # The fork server's imports take seconds: the pump waits for them, while the caller loads its model.
         self._pump = threading.Thread(target=self._run, name="encode-pump", daemon=True)
         self._pump.start()
@@ -287,6 +285,13 @@ class WorkerPool(Generic[Task, Result]):
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # the pipe is full of wake-ups already, or closed
             os.write(self._wake_writer, b"\0")
+
+
+def start_fork_server(preload: Sequence[str]) -> None:
+    """Start the process that imports `preload` once for all workers, unless it runs; it imports beside the caller."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    with environment():
+        forkserver.ensure_running()
 
 
 def _write(pipe: Connection, outbox: queue.SimpleQueue[bytes | None]) -> None:

@@ -32,7 +32,7 @@ _TOKEN_NAMES = ("image_token", "boi_token")
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class TemplateFit:
     """A chat template and how it wants its turns."""
 
     form: ChatForm
@@ -74,7 +74,7 @@ def fitting_form(
     *,
     name: str,
     date: str | None,
-) -> Fit:
+) -> TemplateFit:
     """The first form in which the template renders the first sketch, and of these one that renders most of the others.
 
     The first sketch is what every row looks like; the others some rows may look like, whose error it then is. `name` is
@@ -87,7 +87,7 @@ def fitting_form(
     roles = frozenset(turn["role"] for sketch in sketches for turn in sketch)
     placeholder: str | None = None
     tried: dict[str, str] = {}
-    fitting: list[tuple[int, Fit]] = []
+    fitting: list[tuple[int, TemplateFit]] = []
     distinct: dict[frozenset[str], frozenset[str]] = {}
     for named in _STRING_ROLES:  # those that differ in roles that no sketch has are tried once
         distinct.setdefault(named & roles, named)
@@ -95,7 +95,7 @@ def fitting_form(
         if "user" in string_roles and any(map(num_images_of, sketches)):
             placeholder = image_placeholder(processor, count)
         form = ChatForm(processor, template, date=date, string_roles=string_roles, placeholder=placeholder or "")
-        fit = Fit(form, _mark(form, image_tokens(processor)))
+        fit = TemplateFit(form, _mark(form, image_tokens(processor)))
         problem = _problem(fit, sketches[0], count)
         if problem is not None:
             tried[f"text for {', '.join(sorted(string_roles))}" if string_roles else "lists of parts"] = problem
@@ -167,7 +167,7 @@ def _mark(form: ChatForm, tokens: Sequence[str]) -> str | None:
     return next((token for token in tokens if text.count(token) == 1), None)
 
 
-def _problem(fit: Fit, sketch: Sketch, count: CountImageTokens) -> str | None:
+def _problem(fit: TemplateFit, sketch: Sketch, count: CountImageTokens) -> str | None:
     """What is wrong with a prompt of this shape; None where nothing is."""
     num_images = num_images_of(sketch)
     try:

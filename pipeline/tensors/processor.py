@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import RowFault, RunFailed
 from pipeline.records import Stage
 from pipeline.tensors.chat import ROW_ERRORS, PlainForm, PromptForm, Turn
-from pipeline.tensors.probe import Fit, Sketch, fitting_form, image_placeholder, image_tokens, question
+from pipeline.tensors.probe import Sketch, TemplateFit, fitting_form, image_placeholder, image_tokens, question
 from pipeline.tensors.tokens import closing_id, image_token_ids, special_pattern
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Processor:
         self._image_token_ids = image_token_ids(self._processor, self._tokenizer)
         self._special = special_pattern(self._processor, self._tokenizer)
         self._closing_id = closing_id(self._tokenizer)
-        self._fit: Fit | None = None
+        self._fit: TemplateFit | None = None
         self._several_images: bool | None = None  # whether a prompt may have them; not known yet
         try:
             with _quiet():

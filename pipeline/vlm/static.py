@@ -223,26 +223,30 @@ class StaticEngine:
 
 
 def _transformers_settings(loaded: LoadedModel, settings: GenerationSettings, ending: Ending) -> Any:
-    """Our settings as transformers takes them, and the only ones that it can find: None is filled in from the model's.
+    """Our settings as transformers takes them.
 
-    Choosing a token is the sampler's, ending a row is ours; a cache of fixed size would be computed over wholly.
+    It would fill in from the model's own what is None here, so the model, and what generates inside of it, is left with
+    the names of tokens alone. Choosing a token is the sampler's, ending a row is ours; a cache of fixed size would be
+    computed over wholly.
     """
     own = loaded.model.generation_config
+    names = {
+        "bos_token_id": own.bos_token_id,
+        "pad_token_id": loaded.pad_id,
+        "decoder_start_token_id": own.decoder_start_token_id,
+    }
+    for module in loaded.model.modules():
+        if hasattr(module, "generation_config"):
+            module.generation_config = TransformersConfig(**names)
     try:
-        found = TransformersConfig(
-            bos_token_id=own.bos_token_id,
-            pad_token_id=loaded.pad_id,
+        return TransformersConfig(
+            **names,
             eos_token_id=sorted(ending.eos_ids) or None,
-            decoder_start_token_id=own.decoder_start_token_id,
             use_cache=True,  # saved as False by many a training
             **settings.processors,
         )
     except (TypeError, ValueError) as problem:
         raise RunFailed(f"generation.extra={dict(settings.processors)}: {problem}") from problem
-    for module in loaded.model.modules():
-        if hasattr(module, "generation_config"):
-            module.generation_config = copy.copy(found)
-    return found
 
 
 def _check_forward(model: Any, settings: GenerationSettings) -> None:

@@ -1,0 +1,124 @@
+"""The parts of a worker, put together from the configuration: its processes, its engine, its checks."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pipeline.config import RunConfig
+from pipeline.plan import Plan
+from pipeline.preparation import Preparation, PreparationOptions, Task
+from pipeline.prompt.template import PromptFormat, Template
+from pipeline.records import Answer, EncodedSample
+from pipeline.tensors.batch import Batcher
+from pipeline.tensors.pool import WorkerPool, start_fork_server
+from pipeline.tensors.processor import ProcessorSource
+from pipeline.vlm.base import Engine, StopSignal
+from pipeline.vlm.generation import effective_settings, log_settings
+from pipeline.vlm.identity import ModelIdentity
+
+if TYPE_CHECKING:
+    from pipeline.vlm.parity import ParityCheck
+
+_LONG_RUN = 100  # records; below that the parity check would cost more than it tells
+# Imported once by the fork server: a worker, or its replacement, starts in milliseconds.
+_PRELOAD = (
+    "pipeline.preparation",
+    "torch",
+    "transformers.processing_utils",
+    "transformers.models.auto.processing_auto",
+    "PIL.Image",
+)
+
+
+def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
+    """Refuse a model that cannot work here, without reading its weights.
+
+    Raises:
+        UsageError: a setting of vlm does not fit the model, the device, or what is installed.
+        RunFailed: it is no image-text-to-text model, or not whole.
+    """
+    start_fork_server(_PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
+    from pipeline.vlm.load import check_model
+
+    check_model(config.vlm, identity)
+
+
+def workers(
+    config: RunConfig, plan: Plan, identity: ModelIdentity, template: Template, batcher: Batcher
+) -> WorkerPool[Task, list[EncodedSample | Answer]]:
+    """The processes that render, open and encode; they start while the model loads."""
+    return WorkerPool(
+        partial(Preparation, preparation_options(config, identity, template, plan.fingerprint, plan.created[:10])),
+        num_workers=config.engine.num_workers or default_num_workers(),
+        task_seconds=config.engine.worker_timeout_seconds,
+        memory_bytes=config.engine.worker_memory_bytes,
+        max_waiting=2 * batcher.num_window_rows,
+        preload=_PRELOAD,
+    )
+
+
+def preparation_options(
+    config: RunConfig, identity: ModelIdentity, template: Template, fingerprint: str, date: str | None = None
+) -> PreparationOptions:
+    """What has to be known to render, open and encode a row.
+
+    date: what a chat template says is today: the day of the plan, so that a run resumed tomorrow asks the same.
+    """
+    return PreparationOptions(
+        template=template,
+        processor=ProcessorSource(
+            folder=str(identity.folder),
+            options=config.vlm.processor,
+            trust_remote_code=config.vlm.trust_remote_code,
+            plain=config.prompt.format is PromptFormat.plain,
+            chat_template=config.prompt.chat_template_text(),
+            date=date,
+            sketches=template.sketches(has_images=config.dataset.image_column is not None),
+            own_text=template.own_text,
+            max_tokens=identity.max_tokens,
+        ),
+        fingerprint=fingerprint,
+        max_image_pixels=config.prompt.max_image_pixels,
+        allow_urls=config.dataset.allow_urls,
+        max_new_tokens=config.generation.max_new_tokens,
+        max_new_tokens_column=config.generation.max_new_tokens_column,
+    )
+
+
+def default_num_workers() -> int:
+    """Half of the cores this process may use: the other half generates, or feeds the accelerator."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // 2))
+
+
+def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: StopSignal) -> Engine:
+    """Load the model and put an engine around it. torch is imported here, and in the worker processes."""
+    from pipeline.vlm.answer import Ending
+    from pipeline.vlm.load import load_model
+    from pipeline.vlm.sampling import Sampler
+    from pipeline.vlm.static import StaticEngine
+
+    num_threads = len(os.sched_getaffinity(0)) - (config.engine.num_workers or default_num_workers())
+    loaded = load_model(config.vlm, identity, num_threads=num_threads)
+    batcher.pad_id = loaded.pad_id
+    generation = config.generation
+    settings = effective_settings(generation, identity.generation_config)
+    log_settings(settings, identity.generation_config)
+    return StaticEngine(
+        loaded,
+        batcher,
+        Sampler(settings.sampling, config.seed),
+        Ending(loaded.tokenizer, eos_ids=loaded.eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos),
+        settings=settings,
+        max_new_tokens=generation.max_new_tokens,
+        stop=stop,
+    )
+
+
+def parity_check(config: RunConfig, engine: Engine, *, num_records: int) -> ParityCheck:
+    """What compares a long run's first rows, alone and in a batch."""
+    from pipeline.vlm.parity import ParityCheck
+
+    due = num_records >= _LONG_RUN and config.engine.max_batch_rows > 1
+    return ParityCheck(engine, num_rows=config.engine.parity_rows if due else 0)
