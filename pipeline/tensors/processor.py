@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import RowFault, RunFailed
 from pipeline.records import Stage
 from pipeline.tensors.chat import ROW_ERRORS, PlainForm, PromptForm, Turn
+from pipeline.tensors.load import load_processor, missing_package
 from pipeline.tensors.probe import Sketch, TemplateFit, fitting_form, image_placeholder, image_tokens, question
 from pipeline.tensors.tokens import closing_id, image_token_ids, special_pattern
 
@@ -54,16 +54,7 @@ class Processor:
     """
 
     def __init__(self, source: ProcessorSource) -> None:
-        from transformers import AutoProcessor
-
-        try:
-            self._processor = AutoProcessor.from_pretrained(
-                source.folder, trust_remote_code=source.trust_remote_code, **source.options
-            )
-        except ImportError as problem:
-            raise RunFailed(_missing_package(source.folder, problem)) from problem
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-            raise RunFailed(f"the processor in {source.folder} cannot be loaded: {problem}") from problem
+        self._processor = load_processor(source.folder, source.options, trust_remote_code=source.trust_remote_code)
         self._source = source
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._image_token_ids = image_token_ids(self._processor, self._tokenizer)
@@ -75,7 +66,7 @@ class Processor:
             with _quiet():
                 self._form: PromptForm = self._plain_form() if source.plain else self._chat_form()
         except ImportError as problem:  # what a processor asks for when it is used for the first time
-            raise RunFailed(_missing_package(source.folder, problem)) from problem
+            raise RunFailed(missing_package(source.folder, problem)) from problem
 
     @property
     def tokenizer(self) -> Any:
@@ -239,15 +230,6 @@ class Processor:
                 f"the prompt has {num_tokens} tokens; the model takes {limit}, of which the answer needs at least "
                 f"{self._source.num_reserved_tokens}.",
             )
-
-
-def _missing_package(folder: str, problem: ImportError) -> str:
-    """What to install. transformers says "X requires the Torchvision library", or "`num2words` is required"."""
-    said = " ".join(str(problem).split())
-    found = re.search(r"requires the (\S+) library|[Pp]ackage `(\w+)`", said)
-    package = problem.name or (found and (found[1] or found[2]).lower())
-    install = f"Install it: pip install {package}." if package else "Install what it names."
-    return f"the processor in {folder} needs a package that is not installed. {install} ({said.split('. ')[0]}.)"
 
 
 def _chat_template(processor: Any, tokenizer: Any, folder: str) -> str:

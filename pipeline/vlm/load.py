@@ -107,6 +107,9 @@ def load_model(options: VlmConfig, identity: ModelIdentity, *, num_threads: int)
         model.to(device)
     check_kernel(kernel, model)
     tokenizer = _tokenizer(options, identity)
+    if dtype == torch.float32:
+        # cuDNN's convolutions would round their inputs to 10 bits (TF32): float32 answers are exact here.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cpu":
         torch.set_num_threads(1 if model.num_parameters() < 20_000_000 else max(1, num_threads))
     return LoadedModel(

@@ -22,7 +22,7 @@ from tiny_processors import (
 )
 from transformers import AutoProcessor
 
-from pipeline import run
+from pipeline import assembly
 from pipeline.compose import compose
 from pipeline.config import answer_settings
 from pipeline.errors import RowFault, RunFailed, UsageError
@@ -349,9 +349,9 @@ def test_the_workers_of_a_run_are_given_its_template_its_prompts_and_the_day_of_
     words = [f"prompt.chat_template={tmp_path}/own.jinja", "prompt.system=Be brief.", "prompt.user=A?"]
     config = compose(words).config
     plan = mock.Mock(created="2025-07-10T23:59:59Z", fingerprint="f")
-    monkeypatch.setattr(run, "WorkerPool", lambda build, **_: build)
+    monkeypatch.setattr(assembly, "WorkerPool", lambda build, **_: build)
     template = config.prompt.build(["question"])
-    build: Any = run.workers(config, plan, identify(config.vlm), template, mock.Mock(num_window_rows=1))
+    build: Any = assembly.workers(config, plan, identify(config.vlm), template, mock.Mock(num_window_rows=1))
     source = build.args[0].processor
     assert (source.date, source.chat_template, source.own_text) == ("2025-07-10", "own", "A?")
     assert [turn["role"] for turn in source.sketches[0]] == ["system", "user"]

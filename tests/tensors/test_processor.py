@@ -24,7 +24,7 @@ from tiny_processors import (
     tokenizer,
 )
 
-from pipeline.errors import RowFault, RunFailed
+from pipeline.errors import RowFault, RunFailed, UsageError
 from pipeline.tensors.probe import question
 from pipeline.tensors.processor import Processor, ProcessorSource
 
@@ -313,3 +313,20 @@ def test_a_prompt_without_tokens_is_a_fault(tmp_path: Path) -> None:
 def test_a_folder_without_processor_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=f"the processor in {tmp_path} cannot be loaded"):
         processor_of(tmp_path)
+
+
+# Options of the processor --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"size": {"longest_edge": 64}}, {"image_seq_len": 4}, {"padding_side": "left"}])
+def test_options_of_the_image_processor_the_processor_and_the_tokenizer_are_taken(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    Processor(ProcessorSource(str(save_idefics3(tmp_path)), options))
+
+
+def test_an_option_that_no_part_knows_is_an_error_with_the_nearest_one(tmp_path: Path) -> None:
+    """transformers would ignore it."""
+    folder = str(save_idefics3(tmp_path))
+    with pytest.raises(UsageError, match=r"vlm\.processor\.do_image_spliting: .*Did you mean 'do_image_splitting'"):
+        Processor(ProcessorSource(folder, {"do_image_spliting": True}))
