@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.errors import Interrupted, UsageError, VlmBatchError
+from pipeline.errors import ErrorBudgetExceeded, Interrupted, UsageError, VlmBatchError
 
 if TYPE_CHECKING:
     from pipeline.compose import Composed
@@ -158,9 +158,10 @@ def _run(call: _Call) -> int:
             f"speed    {worker['rows_per_second']:.1f} rows/s, {worker['tokens_per_second']:.0f} tokens/s, "
             f"{waited:.0%} of the time waiting for input"
         )
-    if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):
-        print("warning  every row failed; the examples above say why")
     print(f"data     {output_dir / 'data'}/part-*.parquet")
+    if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):
+        print("failed   every row; the examples above say why" if fresh else "failed   every row")
+        return 0 if config.max_error_rate is None else ErrorBudgetExceeded.exit_code
     return 0
 
 

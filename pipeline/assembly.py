@@ -13,7 +13,7 @@ from pipeline.prompt.template import PromptFormat, Template
 from pipeline.records import Answer, EncodedSample
 from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
-from pipeline.tensors.processor import ProcessorSource
+from pipeline.tensors.processor import Processor, ProcessorSource
 from pipeline.vlm.base import Engine, StopSignal
 from pipeline.vlm.generation import effective_settings, log_settings
 from pipeline.vlm.identity import ModelIdentity
@@ -43,6 +43,16 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
     from pipeline.vlm.load import check_model
 
     check_model(config.vlm, identity)
+
+
+def refuse_processor(config: RunConfig, identity: ModelIdentity, template: Template) -> None:
+    """Refuse a processor, its options or a chat template that do not fit the run, before a plan is written.
+
+    Raises:
+        UsageError: an option of vlm.processor does not exist.
+        RunFailed: the processor cannot be loaded, or prepares no prompt of the run's shape.
+    """
+    Processor(preparation_options(config, identity, template, fingerprint="").processor)
 
 
 def workers(

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.assembly import build_engine, parity_check, refuse_model, workers
+from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, workers
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Inputs
 from pipeline.errors import ErrorBudgetExceeded, Interrupted, RowFault, RunFailed, UsageError
@@ -62,7 +62,7 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
     identity = identify(config.vlm)
     if read_plan(output_dir) is None:
         refuse_model(config, identity)  # before a source is read or a file written
-    plan = planned(config, identity)
+    plan = planned(config, identity, partial(refuse_processor, config, identity))
     tally = Tally(plan.num_records)
     done = published_shards(output_dir / "data", plan.plan_id)
     for summary in done.values():
@@ -143,14 +143,23 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
                 meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
 
 
-def planned(config: RunConfig, identity: ModelIdentity) -> Plan:
-    """The folder's plan, or a new one. What can be known to be wrong is refused before it is written."""
+def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Template], None]) -> Plan:
+    """The folder's plan, or a new one. What can be known to be wrong is refused before it is written.
+
+    refuse: raises where the templates, which are known once the source is listed, do not suit the model.
+    """
+
+    def scan() -> Inputs:
+        inputs = scanned(config)
+        refuse(checked(config, inputs)[0])
+        return inputs
+
     return open_plan(
         config.output_path,
         answer_settings(config)
         | effective_settings(config.generation, identity.generation_config).fingerprint
         | identity.settings,
-        scan=partial(scanned, config),
+        scan=scan,
         max_rows=config.dataset.max_rows,
         shard_rows=config.write.shard_rows,
         prompt_names=config.prompt_names,

@@ -46,7 +46,7 @@ from pipeline.run import planned
 from pipeline.vlm.identity import identify
 config = compose(sys.argv[1:]).config
 began = time.perf_counter()
-plan = planned(config, identify(config.vlm))
+plan = planned(config, identify(config.vlm), lambda template: None)
 print(json.dumps({"seconds": time.perf_counter() - began, "num_rows": plan.num_rows, "torch": "torch" in sys.modules}))
 """
 

@@ -152,6 +152,16 @@ def test_a_signal_before_the_first_answer_asks_for_another_start(seconds: float,
     assert "Traceback" not in said
 
 
+def test_a_run_in_which_every_row_failed_is_a_failed_run(vlm_batch: CommandLine, tmp_path: Path) -> None:
+    """However few they are: who starts it from a script learns of it. The records are there all the same."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"not a picture")
+    job = ["run", "dataset=images", "dataset.path=pictures", "prompt=describe", "output_dir=answers"]
+    assert "failed   every row" in vlm_batch(*job, code=1).stdout
+    assert [row["status"] for row in records(tmp_path / "answers")] == ["error"]
+    vlm_batch(*job, "max_error_rate=null")
+
+
 def test_a_run_that_is_broken_as_a_whole_stops_and_says_why(vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Over the error budget: exit code 1 and the commonest error; a raised budget goes on to the end."""
     pictures = tmp_path / "pictures"

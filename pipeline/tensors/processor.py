@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import RowFault, RunFailed
+from pipeline.errors import RowFault, RunFailed, VlmBatchError
 from pipeline.records import Stage
 from pipeline.tensors.chat import ROW_ERRORS, PlainForm, PromptForm, Turn
 from pipeline.tensors.load import load_processor, missing_package
@@ -67,6 +67,13 @@ class Processor:
                 self._form: PromptForm = self._plain_form() if source.plain else self._chat_form()
         except ImportError as problem:  # what a processor asks for when it is used for the first time
             raise RunFailed(missing_package(source.folder, problem)) from problem
+        except VlmBatchError:
+            raise
+        except Exception as problem:  # an option of a wrong kind fails in a way of its own for every picture
+            raise RunFailed(
+                f"the processor in {source.folder} with vlm.processor={dict(source.options)} cannot prepare a picture: "
+                f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+            ) from problem
 
     @property
     def tokenizer(self) -> Any:

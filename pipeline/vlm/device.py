@@ -104,6 +104,8 @@ def _device(wanted: str) -> torch.device:
         raise UsageError(
             f"vlm.device={wanted}: this machine has {torch.cuda.device_count()} CUDA devices. Use vlm.device=auto."
         )
-    if device.type not in ("cpu", "cuda", "mps"):
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"vlm.device={wanted}: this machine has no Apple GPU that torch can use. Use vlm.device=auto.")
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
         raise UsageError(f"vlm.device={wanted}: expected auto, cpu, cuda, cuda:n or mps.")
     return device

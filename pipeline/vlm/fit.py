@@ -51,6 +51,7 @@ class Fit:
         self._settings = copy.copy(settings)
         self._settings.max_new_tokens = _NUM_STEPS
         self._settings.num_beams = self._settings.num_return_sequences = 1
+        self._settings.length_penalty = self._settings.early_stopping = None  # of a search
         self._bound = _BOUND_FLOAT32 if model.dtype == torch.float32 else _BOUND_HALF
         self._several_rows = batcher.max_rows > 1  # else nothing is ever padded
         self._tried: set[tuple[str, frozenset[str]]] = set()  # what was, on samples with which tensors

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from pipeline.vlm.options import GenerationConfig, SampleConfig
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,60 @@ PROCESSORS = (
 )
 WARPERS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # of generation=sample
 SEARCH = ("num_beams", "length_penalty", "early_stopping")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, is_entry: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_entry, value))
+
+
+def _are_tokens(value: Any) -> bool:
+    return _is_list(value, _is_whole)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value < 1
+
+
+# What a value has to be, and in words: a wrong one would make every row an error.
+_WHOLE = (_is_whole, "a whole number")
+_SHARE = (_is_share, "a number between 0 and 1")
+_TOKENS = (_are_tokens, "a list of token numbers")
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bad_words_ids": (lambda value: _is_list(value, _are_tokens), "a list of lists of token numbers"),
+    "begin_suppress_tokens": _TOKENS,
+    "early_stopping": (lambda value: value in (True, False, "never"), "true, false or never"),
+    "encoder_no_repeat_ngram_size": _WHOLE,
+    "epsilon_cutoff": _SHARE,
+    "eta_cutoff": _SHARE,
+    "exponential_decay_length_penalty": (
+        lambda value: _is_list(value, _is_number) and len(value) == 2,
+        "[number of tokens, factor]",
+    ),
+    "forced_bos_token_id": _WHOLE,
+    "length_penalty": (_is_number, "a number"),
+    "min_new_tokens": _WHOLE,
+    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "no_repeat_ngram_size": _WHOLE,
+    "num_beams": (lambda value: _is_whole(value) and value > 0, "a whole number of 1 or more"),
+    "repetition_penalty": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "sequence_bias": (
+        lambda value: _is_list(value, lambda entry: _is_list(entry, bool) and _are_tokens(entry[0])),
+        "a list of [list of token numbers, bias]",
+    ),
+    "suppress_tokens": _TOKENS,
+    "temperature": (lambda value: _is_number(value) and value >= 0, "a number of 0 or more"),
+    "top_k": _WHOLE,
+    "top_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "typical_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, up to 1"),
+}
 # Of the checkpoint, ignored: the count of a padded prompt, or the batch's longest cap, would enter the answers
 # (min_length, forced_eos_token_id); or the method needs more than the model's logits.
 _NOT_APPLIED = (
@@ -58,13 +112,19 @@ _OWN_KEYS = {
 }
 _REFUSED = (
     "assistant_model",
+    "attention_mask",
     "cache_config",
     "cache_implementation",
     "custom_generate",
     "forced_eos_token_id",
     "generation_config",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
     "logits_processor",
     "past_key_values",
+    "pixel_values",
+    "position_ids",
     "prompt_lookup_num_tokens",
     "remove_invalid_values",
     "return_dict_in_generate",
@@ -117,19 +177,30 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
     checkpoint: generation_config.json.
 
     Raises:
-        UsageError: generation.extra names what another key sets, or what no engine can honour.
+        UsageError: generation.extra names what another key sets, what no engine can honour, or a value of a wrong kind.
+        RunFailed: generation_config.json has such a value.
     """
     _check_extra(options)
+    if "" in options.stop:
+        raise UsageError("generation.stop holds an empty text, with which every answer would end at once.")
     extra = options.extra
     samples = isinstance(options, SampleConfig)
 
+    def of_checkpoint(name: str) -> Any:
+        entry = checkpoint.get(name)
+        if entry in (None, []):
+            return None
+        if not _VALUES[name][0](entry):
+            raise RunFailed(f"generation_config.json of the model: {name}={entry!r}; expected {_VALUES[name][1]}.")
+        return entry
+
     def value(name: str, neutral: float) -> Any:
         chosen = getattr(options, name, None)
-        chosen = checkpoint.get(name) if chosen is None else chosen
+        chosen = of_checkpoint(name) if chosen is None else chosen
         return neutral if chosen is None else chosen
 
     def given(names: tuple[str, ...]) -> dict[str, Any]:
-        found = {name: extra.get(name, checkpoint.get(name)) for name in names}
+        found = {name: extra[name] if name in extra else of_checkpoint(name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     processors = given(PROCESSORS)
@@ -161,7 +232,7 @@ def log_settings(settings: GenerationSettings, checkpoint: Mapping[str, Any]) ->
 
 
 def _check_extra(options: GenerationConfig) -> None:
-    for name in options.extra:
+    for name, entry in options.extra.items():
         if name in _OWN_KEYS:
             raise UsageError(f"generation.extra.{name} has a key of its own: {_OWN_KEYS[name]}.")
         if name in _REFUSED:
@@ -174,6 +245,5 @@ def _check_extra(options: GenerationConfig) -> None:
         near_names = difflib.get_close_matches(name, [*PROCESSORS, *WARPERS, *SEARCH, *_OWN_KEYS], n=1, cutoff=0.8)
         if near_names and name not in (*PROCESSORS, *WARPERS, *SEARCH):
             raise UsageError(f"generation.extra.{name}: there is no such setting. Did you mean {near_names[0]!r}?")
-    num_beams = options.extra.get("num_beams", 1)
-    if not isinstance(num_beams, int) or isinstance(num_beams, bool) or num_beams < 1:
-        raise UsageError(f"generation.extra.num_beams={num_beams}: expected a whole number of 1 or more.")
+        if entry is not None and name in _VALUES and not _VALUES[name][0](entry):
+            raise UsageError(f"generation.extra.{name}={entry!r}: expected {_VALUES[name][1]}.")

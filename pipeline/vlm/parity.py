@@ -119,6 +119,8 @@ def _judge(result: Parity) -> None:
             result.dtype,
             error,
         )
+    elif result.logit_error is None:
+        log.info("parity: %s; a search over beams shows no logits to compare", found)
     else:
         log.info("parity: %s (largest logit difference %.1e of the largest logit)", found, error)
 

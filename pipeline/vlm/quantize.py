@@ -46,9 +46,11 @@ def check_quantization(options: VlmConfig) -> None:
     """Whether what is asked for exists and is installed.
 
     Raises:
-        UsageError: the backend does not know the format, or its package is missing.
+        UsageError: the backend does not know the format, its package is missing, or nothing is quantized at all.
     """
     if options.quantization is Quantization.none:
+        if options.quantize_vision:
+            raise UsageError("vlm.quantize_vision=true needs vlm.quantization=int8, int4 or float8.")
         return
     backend = options.quantization_backend
     if backend is QuantizationBackend.bitsandbytes and options.quantization is Quantization.float8:

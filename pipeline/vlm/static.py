@@ -169,7 +169,13 @@ class StaticEngine:
         self.counts.num_generated_tokens += sum(len(generation.tokens) for generation in generations)
 
     def _model_inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """A batch on the model's device in its arithmetic, and what else generate() gets."""
+        """A batch on the model's device in its arithmetic, and what else generate() gets.
+
+        Raises:
+            RunFailed: generation.extra names what the processor makes of each row.
+        """
+        if both := sorted(self._settings.forward.keys() & batch.keys()):
+            raise RunFailed(f"generation.extra.{both[0]} cannot be set: the processor makes it for each row.")
         return {name: self._moved(tensor) for name, tensor in batch.items()} | dict(self._settings.forward)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:

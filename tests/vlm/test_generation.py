@@ -63,12 +63,35 @@ def test_the_fingerprint_holds_what_is_in_effect_wherever_it_comes_from() -> Non
         (SampleConfig(extra={"num_beams": 2}), "needs generation=greedy"),
         (GreedyConfig(extra={"num_beams": 0}), "whole number"),
         (GreedyConfig(extra={"custom_generate": "org/code"}), "the engine decides"),
+        (GreedyConfig(extra={"no_repeat_ngram_size": "abc"}), "no_repeat_ngram_size='abc': expected a whole number"),
+        (GreedyConfig(extra={"bad_words_ids": [5]}), "bad_words_ids=.*list of lists"),
+        (GreedyConfig(extra={"sequence_bias": {"a": 1}}), "sequence_bias=.*bias"),
+        (GreedyConfig(extra={"input_ids": 3}), "the engine decides"),
+        (SampleConfig(extra={"min_p": 5}), "min_p=5: expected a number from 0 to 1"),
+        (GreedyConfig(stop=["END", ""]), r"generation\.stop holds an empty text"),
         (GreedyConfig(extra={"no_repeat_ngram": 3}), "Did you mean 'no_repeat_ngram_size'"),
     ],
 )
 def test_an_extra_that_cannot_be_honoured_is_refused(options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         effective_settings(options, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repetition_penalty", "abc"), ("repetition_penalty", 0), ("num_beams", "4")]
+)
+def test_a_damaged_value_of_the_checkpoint_is_named_where_it_would_hold(name: str, value: Any) -> None:
+    with pytest.raises(RunFailed, match=rf"generation_config\.json of the model: {name}="):
+        effective_settings(GreedyConfig(), {name: value})
+    assert effective_settings(GreedyConfig(), {"top_k": -1, "suppress_tokens": []}) == GenerationSettings()
+    sequence_bias = {"sequence_bias": [[[5, 6], -1.5]]}
+    assert effective_settings(GreedyConfig(), sequence_bias).processors == sequence_bias
+
+
+def test_an_extra_that_the_processor_makes_for_each_row_stops_the_run() -> None:
+    engine = engine_of(family("idefics2").model, forward={"pixel_attention_mask": 1})
+    with pytest.raises(RunFailed, match="the processor makes it"):
+        answers_of(engine, samples("idefics2"))
 
 
 def test_an_extra_that_neither_transformers_nor_the_model_knows_is_refused_before_anything_is_answered() -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from pipeline.records import EncodedSample, PromptFacts, RecordKey
 from pipeline.vlm.generation import SamplingSettings
-from pipeline.vlm.sampling import Sampler, row_seed, uniform
+from pipeline.vlm.sampling import Sampler, row_seed, step_seed, uniform_noise
 
 NUM_TOKENS = 40
 THEIRS = {  # in the order of generate()
@@ -33,7 +33,7 @@ THEIRS = {  # in the order of generate()
     "eta_cutoff": EtaLogitsWarper,
 }
 ROW_SEED = 16001562680801378611
-UNIFORM = [0.4877876201124631, 0.03905113226328749, 0.33131422038462555]
+STEP_SEEDS = [8998093390538466961, 720366242649447013, 6111668631415793631]
 
 
 def row(number: int, sample_index: int = 0, prompt_name: str = "default") -> EncodedSample:
@@ -83,21 +83,45 @@ def test_the_draws_of_a_row_hang_on_its_id_and_not_on_its_place() -> None:
     assert row_seed(42, moved) == row_seed(42, row(5)) != row_seed(42, row(6))
 
 
+def reference(seed: int, place: int) -> float:
+    """splitmix64 in whole numbers: the place-th number of a stream, in (0, 1)."""
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return float(((z ^ (z >> 31)) >> 11) + 0.5) / 2**53
+
+
 def test_the_stream_of_random_numbers_is_fixed_for_all_time() -> None:
     # A changed value changes every sampled answer of every unfinished run.
     assert row_seed(42, row(1)) == ROW_SEED
-    assert [uniform(ROW_SEED, step) for step in range(3)] == UNIFORM
+    assert [step_seed(ROW_SEED, step) for step in range(3)] == STEP_SEEDS
+    tokens = torch.tensor([[0, 1, 2, 149_999], [7, 3, 0, 250_000]])
+    noise_BV = uniform_noise(STEP_SEEDS[:2], tokens)
+    for seed, numbers, found in zip(STEP_SEEDS, tokens.tolist(), noise_BV.tolist(), strict=False):
+        assert found == [reference(seed, number) for number in numbers]
 
 
-def test_uniform_numbers_fill_the_unit_interval_evenly() -> None:
-    chances = []
-    for seed in range(20):
-        numbers = [uniform(row_seed(seed, row(number)), step) for number in range(100) for step in range(10)]
-        assert min(numbers) >= 0
-        assert max(numbers) < 1
-        chances.append(chisquare(np.histogram(numbers, bins=20, range=(0, 1))[0]).pvalue)
+def test_the_noise_of_tokens_steps_and_rows_fills_the_unit_interval_evenly() -> None:
+    tokens, chances = torch.arange(1000), []
+    for step in range(40):
+        noise_BV = uniform_noise(
+            [step_seed(row_seed(step // 20, row(number)), step) for number in range(4)], tokens.expand(4, -1)
+        )
+        assert noise_BV.min() > 0 and noise_BV.max() < 1
+        chances += [chisquare(np.histogram(noise_V, bins=20, range=(0, 1))[0]).pvalue for noise_V in noise_BV.numpy()]
     # One seed may look odd, as chance will have it; over many seeds chance itself must be even.
     assert kstest(chances, "uniform").pvalue > 0.01
+
+
+def test_the_rounding_of_another_batch_moves_no_draw() -> None:
+    """Logits of a large vocabulary, and the same with noise as float32 sums in another order have."""
+    settings = SamplingSettings(do_sample=True, temperature=1.2)
+    generator = torch.Generator().manual_seed(0)
+    logits_BV = torch.randn(60, 100_000, generator=generator) * 3
+    noise_BV = torch.randn(logits_BV.shape, generator=generator) * 3e-7 * logits_BV.abs().max()
+    rows = [row(number) for number in range(60)]
+    assert not torch.equal(logits_BV, logits_BV + noise_BV)
+    assert drawn(Sampler(settings, 1), logits_BV, rows) == drawn(Sampler(settings, 1), logits_BV + noise_BV, rows)
 
 
 def test_top_k_of_one_is_greedy() -> None:
