@@ -232,6 +232,25 @@ def streamed(said: str, response: str, stop: Sequence[str] = ()) -> tuple[list[s
     return list(stream), stream.differs
 
 
+def test_ctrl_c_as_generation_begins_asks_its_thread_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process would else end under a thread that computes, and be aborted."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    halt = Halt()
+    engine = _Scripted("one", Answer(KEY, "a", PromptFacts(), "one", FinishReason.STOP, 3))
+    stream = AnswerStream(engine, engine, SAMPLE, stop_strings=(), halt=halt)  # type: ignore[arg-type]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+    assert halt.expired
+    assert not any(thread.name == "generate" for thread in threading.enumerate())
+
+
 @pytest.mark.parametrize(
     ("said", "response", "stop"),
     [

@@ -132,7 +132,7 @@ def _path_of(text: str, origin: Origin) -> str:
     if not origin.confined:
         return os.path.normpath(path) if ".." not in text else path  # a/../b is not b where a is a link
     real = os.path.realpath(path)
-    if os.path.isabs(text) or os.path.commonpath([real, origin.folder]) != origin.folder:
+    if os.path.commonpath([real, origin.folder]) != origin.folder:
         raise _fault("PathOutsideRoot", f"{_short(text)} leads out of dataset.root={origin.folder}")
     return real
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 from io import TextIOWrapper
 
 from pipeline.config import RunConfig
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, RunFailed, UsageError
 from pipeline.preview.options import PreviewOptions
 
 # The collector looks at every new object of the 3,000 modules that come with torch and transformers, again and again.
@@ -24,12 +25,18 @@ def run_preview(config: RunConfig, options: PreviewOptions) -> int:
         Interrupted: Ctrl-C.
     """
     options.check()
+    if sys.stdout is None or (options.chat and sys.stdin is None):
+        raise UsageError("preview needs its standard output, and chat=true its standard input; one is closed.")
     gc.set_threshold(_COLLECT_EVERY)
     try:
         return _previewed(config, options)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # below what was begun
         raise Interrupted("Stopped; nothing was written.") from None
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        raise RunFailed(f"standard output cannot be written: {problem}.") from problem
 
 
 def _previewed(config: RunConfig, options: PreviewOptions) -> int:

@@ -15,6 +15,7 @@ from pipeline.preview.speaker import Speaker
 from pipeline.preview.terminal import Terminal
 from pipeline.records import Answer, EncodedSample, PromptFacts, RecordKey, Row
 from pipeline.run import checked, scanned
+from pipeline.tensors.worker import silenced_libraries
 from pipeline.vlm.identity import ModelIdentity, identify
 
 _NUM_ROWS = 3
@@ -37,7 +38,9 @@ def preview(config: RunConfig, options: PreviewOptions, terminal: Terminal) -> i
     num_answered = 0
     for task in tasks:
         terminal.line(f"row {task.row.index}", task.row.id)
-        for number, item in enumerate(preparation(task)):
+        with silenced_libraries():
+            items = preparation(task)
+        for number, item in enumerate(items):
             if number % config.generation.n == 0:
                 _show(task.row, item, config, options, preparation, terminal)
             if isinstance(item, Answer):

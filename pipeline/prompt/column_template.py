@@ -58,7 +58,8 @@ class ColumnTemplate:
         if "_image" in unknown and not images:
             raise UsageError(f"{key} uses image(), which has a place in prompt.user and prompt.variants only")
         for name in sorted(unknown - set(columns) - {"_image", "row", "num_images"}):
-            raise UsageError(f"{key} uses {name!r}, which is not a column.{_hint(name, columns)} {_OTHERS}")
+            others = f" {_OTHERS}" if key == "prompt.user" else ""
+            raise UsageError(f"{key} uses {name!r}, which is not a column.{_hint(name, columns)}{others}")
         self._columns = tuple(name for name in columns if name in read)
         self._uses_row = "row" in read and "row" not in columns
 

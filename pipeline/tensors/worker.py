@@ -38,12 +38,13 @@ def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
         tasks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
         work = pickle.loads(build)()
-        _silence_libraries()
         _limit_memory(memory_bytes)
         pipe.send_bytes(pickle.dumps(("ready", None)))
         while (message := tasks.get()) is not None:
             number, task = pickle.loads(message)
-            pipe.send_bytes(pickle.dumps((number, work(task)), protocol=5))
+            with silenced_libraries():
+                result = work(task)
+            pipe.send_bytes(pickle.dumps((number, result), protocol=5))
     except (BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except VlmBatchError as problem:  # a sentence already
@@ -64,11 +65,22 @@ def _read(pipe: Connection, tasks: queue.SimpleQueue[bytes | None]) -> None:
         os._exit(0)
 
 
-def _silence_libraries() -> None:
+@contextmanager
+def silenced_libraries() -> Iterator[None]:
     """libtiff and others print hundreds of lines about one bad file; what is wrong with it stands in its error row."""
+    try:
+        loud = os.dup(2)
+    except OSError:  # closed by whoever started the program
+        yield
+        return
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(loud, 2)
+        os.close(loud)
 
 
 def _limit_memory(memory_bytes: int) -> None:

@@ -59,6 +59,7 @@ class EngineCounts:
     num_decode_rows: int = 0  # rows computed over all decode steps, finished ones included
     num_generated_tokens: int = 0
     num_out_of_memory: int = 0
+    num_failed_batches: int = 0  # of several rows, halved until the rows at fault stood alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,18 +49,19 @@ def _are_tokens(value: Any) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value < 1
+    return _is_number(value) and 0 <= value < 1
 
 
 # What a value has to be, and in words: a wrong one would make every row an error.
 _WHOLE = (_is_whole, "a whole number")
-_SHARE = (_is_share, "a number between 0 and 1")
+_SHARE = (_is_share, "a number of 0 or more, below 1")
+_NGRAM = (lambda value: _is_whole(value) and value != 1, "0 (off) or 2 and more: 1 would ban every word of the prompt")
 _TOKENS = (_are_tokens, "a list of token numbers")
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bad_words_ids": (lambda value: _is_list(value, _are_tokens), "a list of lists of token numbers"),
     "begin_suppress_tokens": _TOKENS,
     "early_stopping": (lambda value: value in (True, False, "never"), "true, false or never"),
-    "encoder_no_repeat_ngram_size": _WHOLE,
+    "encoder_no_repeat_ngram_size": _NGRAM,
     "epsilon_cutoff": _SHARE,
     "eta_cutoff": _SHARE,
     "exponential_decay_length_penalty": (
@@ -71,7 +72,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "length_penalty": (_is_number, "a number"),
     "min_new_tokens": _WHOLE,
     "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "no_repeat_ngram_size": _WHOLE,
+    "no_repeat_ngram_size": _NGRAM,
     "num_beams": (lambda value: _is_whole(value) and value > 0, "a whole number of 1 or more"),
     "repetition_penalty": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "sequence_bias": (
@@ -97,6 +98,7 @@ _NOT_APPLIED = (
     "watermarking_config",
 )
 _NEUTRAL = (None, False, 0, 0.0, 1, 1.0)
+_OFF = {"epsilon_cutoff": 0, "eta_cutoff": 0, "min_p": 0, "typical_p": 1}
 _OWN_KEYS = {
     "do_sample": "generation=sample",
     "eos_token_id": "generation.stop, which also takes special tokens",
@@ -201,7 +203,7 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
 
     def given(names: tuple[str, ...]) -> dict[str, Any]:
         found = {name: extra[name] if name in extra else of_checkpoint(name) for name in names}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None and value != _OFF.get(name)}
 
     processors = given(PROCESSORS)
     if not samples and (search := given(SEARCH)).get("num_beams", 1) > 1:

@@ -117,6 +117,13 @@ class StaticEngine:
         if problem is None:
             return generations
         if len(group) > 1:
+            if not self.counts.num_failed_batches:
+                log.warning(
+                    "a batch of %d rows failed (%s: %s); it is halved until the rows at fault stand alone",
+                    len(group),
+                    *problem,
+                )
+            self.counts.num_failed_batches += 1
             half = len(group) // 2
             return self._generated(group[:half]) + self._generated(group[half:])
         generations = self._fresh(group)

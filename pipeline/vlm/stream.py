@@ -64,15 +64,16 @@ class AnswerStream:
 
     def __iter__(self) -> Iterator[str]:
         thread = threading.Thread(target=self._generate, name="generate", daemon=True)
-        thread.start()
         try:
+            thread.start()
             for piece in self._streamer:
                 if new := self._text.add(piece):
                     yield new
             thread.join()
         except BaseException:  # Ctrl-C, or the reader has gone: nobody waits for the rest
             self._halt.set()
-            thread.join(_PATIENCE_SECONDS)
+            if thread.ident is not None:
+                thread.join(_PATIENCE_SECONDS)
             if thread.is_alive():  # deep in a computation; a process that ends under it would crash
                 os._exit(Interrupted.exit_code)
             raise

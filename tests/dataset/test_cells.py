@@ -95,13 +95,12 @@ def test_root_confines_paths_after_links_are_followed(tmp_path: Path) -> None:
     (root / "in.jpg").symlink_to("a.jpg")
     (tmp_path / "root2").mkdir()
     start = origin(str(root), "/elsewhere", False)
-    for inside in ("a.jpg", "sub/../a.jpg", "in.jpg"):
+    for inside in ("a.jpg", "sub/../a.jpg", "in.jpg", str(root / "a.jpg")):
         assert images_in(inside, start) == (ImageRef(path=str(root.resolve() / "a.jpg")),)
     for outside in (
         "../secret.jpg",
         "out.jpg",
         "sub/../../secret.jpg",
-        str(root / "a.jpg"),
         "/etc/passwd",
         "../root2/x",
     ):

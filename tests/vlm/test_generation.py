@@ -63,10 +63,11 @@ def test_the_fingerprint_holds_what_is_in_effect_wherever_it_comes_from() -> Non
         (SampleConfig(extra={"num_beams": 2}), "needs generation=greedy"),
         (GreedyConfig(extra={"num_beams": 0}), "whole number"),
         (GreedyConfig(extra={"custom_generate": "org/code"}), "the engine decides"),
-        (GreedyConfig(extra={"no_repeat_ngram_size": "abc"}), "no_repeat_ngram_size='abc': expected a whole number"),
+        (GreedyConfig(extra={"no_repeat_ngram_size": "abc"}), "no_repeat_ngram_size='abc': expected 0"),
         (GreedyConfig(extra={"bad_words_ids": [5]}), "bad_words_ids=.*list of lists"),
         (GreedyConfig(extra={"sequence_bias": {"a": 1}}), "sequence_bias=.*bias"),
         (GreedyConfig(extra={"input_ids": 3}), "the engine decides"),
+        (GreedyConfig(extra={"no_repeat_ngram_size": 1}), "2 and more"),
         (SampleConfig(extra={"min_p": 5}), "min_p=5: expected a number from 0 to 1"),
         (GreedyConfig(stop=["END", ""]), r"generation\.stop holds an empty text"),
         (GreedyConfig(extra={"no_repeat_ngram": 3}), "Did you mean 'no_repeat_ngram_size'"),
@@ -84,6 +85,8 @@ def test_a_damaged_value_of_the_checkpoint_is_named_where_it_would_hold(name: st
     with pytest.raises(RunFailed, match=rf"generation_config\.json of the model: {name}="):
         effective_settings(GreedyConfig(), {name: value})
     assert effective_settings(GreedyConfig(), {"top_k": -1, "suppress_tokens": []}) == GenerationSettings()
+    off = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_p": 0.0}
+    assert effective_settings(SampleConfig(), off) == GenerationSettings(SamplingSettings(True))
     sequence_bias = {"sequence_bias": [[[5, 6], -1.5]]}
     assert effective_settings(GreedyConfig(), sequence_bias).processors == sequence_bias
 
@@ -105,7 +108,7 @@ def test_an_extra_that_neither_transformers_nor_the_model_knows_is_refused_befor
 @pytest.mark.parametrize(
     "processors",
     [
-        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 3},
         {"suppress_tokens": list(range(3, 160))},
         {"bad_words_ids": [[number] for number in range(160, 280)]},

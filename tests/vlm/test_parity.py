@@ -142,6 +142,34 @@ def test_rows_that_fail_are_left_out_and_the_stream_passes_whole() -> None:
     assert [answer.fault is None for answer in answers_of(engine, given)] == [True, True, False, True, True, True]
 
 
+def test_a_first_token_that_is_forced_hides_no_picture() -> None:
+    """As BART's checkpoints have it: the first step leaves no choice, whatever the picture."""
+    engine = engine_of(family("t5gemma2").model, is_encoder_decoder=True, processors={"forced_bos_token_id": 5})
+    found = check_parity(engine, with_images("t5gemma2"))
+    assert (found.num_rows, found.num_identical, found.num_pictures_changed) == (6, 6, 3)
+
+
+class Together(Batcher):
+    """Cannot make a batch of several rows."""
+
+    def collate(self, group: Any, **more: Any) -> dict[str, torch.Tensor]:
+        if len(group) > 1:
+            raise ValueError("too many")
+        return super().collate(group, **more)
+
+
+def test_batches_that_fail_are_told_and_their_rows_are_answered(caplog: pytest.LogCaptureFixture) -> None:
+    engine, given = engine_with(family("llava").model, budget(Together)), with_images("llava")
+    with caplog.at_level(logging.WARNING):
+        found = check_parity(engine, given)
+        answers = answers_of(engine, given)
+    assert (found.num_rows, found.num_failed_in_batch, found.num_pictures_changed) == (0, 6, None)
+    assert "6 rows that can be answered alone fail in a batch" in caplog.text
+    assert caplog.text.count("a batch of 6 rows failed (ValueError: too many)") == 1
+    assert all(answer.fault is None for answer in answers)
+    assert engine.counts.num_failed_batches == 5  # 6, 3, 3, and a pair of each
+
+
 def test_zero_rows_turn_it_off() -> None:
     check = ParityCheck(engine_of(family("smolvlm").model), num_rows=0)
     assert list(check.checked(iter(given := with_images("smolvlm")))) == given
