@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check models bench gpu clean
+.PHONY: help setup demo test slow models check bench gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ demo: $(BIN)/vlm-batch  ## the main job on the embedded model and pictures; answ
 
 test: $(VENV)/.dev  ## all tests that need no GPU (under 10 minutes on two cores)
 	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, twenty kills (6 minutes)
+	$(BIN)/python -m pytest -m slow
 
 models: $(VENV)/.dev  ## every architecture through the whole program (3 minutes), then docs/models.md
 	$(BIN)/python -m pytest tests/models -m "slow or not slow" --deselect tests/models/test_models_page.py

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import CommandLine
 
-NUM_KILLS = 20
 NUM_ROWS = 600
 # Small batches make the run last, short syncs give every kill something to find.
 JOB = [
@@ -40,12 +39,13 @@ def without_run_id(output_dir: Path) -> pa.Table:
 
 
 @pytest.mark.timeout(600)
-def test_twenty_kills_lose_no_row_and_change_no_answer(vlm_batch: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_lose_no_row_and_change_no_answer(num_kills: int, vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Some kills hit the start, most hit the work; readers see whole shards only, at any moment."""
     rng = random.Random(2026)
     output_dir = tmp_path / "killed"
     num_kills_at_work = 0
-    for kill in range(NUM_KILLS):
+    for kill in range(num_kills):
         process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *JOB], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -62,7 +62,7 @@ def test_twenty_kills_lose_no_row_and_change_no_answer(vlm_batch: CommandLine, t
         process.wait()
         for path in (output_dir / "data").glob("*"):
             assert pq.ParquetFile(path, page_checksum_verification=True).read().num_rows in (70, NUM_ROWS % 70)
-    assert num_kills_at_work >= 15
+    assert num_kills_at_work >= num_kills * 3 // 4
     vlm_batch(*JOB)
     vlm_batch("audit", "output_dir=killed")
     vlm_batch(*[word.replace("killed", "unbroken") for word in JOB])

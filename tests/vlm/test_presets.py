@@ -172,6 +172,7 @@ def test_the_int8_preset_is_the_guides_model_with_another_number_format() -> Non
     assert replace(int8, quantization=Quantization.none) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_presets_processor_options_reach_the_real_image_processor(preset: str, tmp_path: Path) -> None:
     options = composed(preset).vlm.processor
@@ -194,6 +195,7 @@ def _as_stored(name: str, wanted: Any) -> tuple[str, Any]:
     return ("size", {edges[name]: wanted}) if name in edges else (name, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [name for name in PRESETS if COST.search(comment(name))])
 def test_a_picture_costs_the_tokens_that_the_presets_comment_says(preset: str) -> None:
     claimed = COST.search(comment(preset))
