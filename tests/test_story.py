@@ -92,7 +92,9 @@ def test_several_prompts_about_one_image_stand_beside_each_other(vlm_batch: Comm
     assert rows[0]["prompt"] == "What is the first digit?"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Exit code 75, even if the signal comes twice; the same command goes on and no answer is asked for again."""
     job = ["run", "engine.max_batch_rows=2", "dataset.max_rows=300", "write.sync_seconds=0.2", "output_dir=answers"]
