@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
 from pipeline.plan import Plan
@@ -15,11 +16,14 @@ from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
 from pipeline.tensors.processor import Processor, ProcessorSource
 from pipeline.vlm.base import Engine, StopSignal
-from pipeline.vlm.generation import effective_settings, log_settings
+from pipeline.vlm.generation import effective_settings, log_settings, slots_obstacle
 from pipeline.vlm.identity import ModelIdentity
+from pipeline.vlm.options import SlotsConfig, VllmConfig
 
 if TYPE_CHECKING:
     from pipeline.vlm.parity import ParityCheck
+
+log = logging.getLogger(__name__)
 
 _LONG_RUN = 100  # records; below that the parity check would cost more than it tells
 # Imported once by the fork server: a worker, or its replacement, starts in milliseconds.
@@ -42,6 +46,10 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
     start_fork_server(_PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
     from pipeline.vlm.load import check_model
 
+    if isinstance(config.engine, VllmConfig):
+        from pipeline.vlm.vllm_engine import check_vllm
+
+        check_vllm(config.engine, config.vlm, effective_settings(config.generation, identity.generation_config))
     check_model(config.vlm, identity)
 
 
@@ -104,9 +112,14 @@ def default_num_workers() -> int:
 
 def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: StopSignal) -> Engine:
     """Load the model and put an engine around it. torch is imported here, and in the worker processes."""
+    if isinstance(config.engine, VllmConfig):
+        from pipeline.vlm.vllm_engine import load_vllm_engine
+
+        return load_vllm_engine(config.vlm, config.engine, config.generation, identity, seed=config.seed, stop=stop)
     from pipeline.vlm.answer import Ending
     from pipeline.vlm.load import load_model
     from pipeline.vlm.sampling import Sampler
+    from pipeline.vlm.slots.engine import SlotsEngine
     from pipeline.vlm.static import StaticEngine
 
     num_threads = len(os.sched_getaffinity(0)) - (config.engine.num_workers or default_num_workers())
@@ -115,15 +128,24 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
     generation = config.generation
     settings = effective_settings(generation, identity.generation_config)
     log_settings(settings, identity.generation_config)
-    return StaticEngine(
-        loaded,
-        batcher,
-        Sampler(settings.sampling, config.seed),
-        Ending(loaded.tokenizer, eos_ids=loaded.eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos),
-        settings=settings,
-        max_new_tokens=generation.max_new_tokens,
-        stop=stop,
-    )
+    parts: dict[str, Any] = {
+        "loaded": loaded,
+        "batcher": batcher,
+        "sampler": Sampler(settings.sampling, config.seed),
+        "ending": Ending(
+            loaded.tokenizer, eos_ids=loaded.eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos
+        ),
+        "settings": settings,
+        "max_new_tokens": generation.max_new_tokens,
+        "stop": stop,
+    }
+    static = StaticEngine(**parts)
+    if not isinstance(config.engine, SlotsConfig):
+        return static
+    if obstacle := slots_obstacle(settings, is_encoder_decoder=loaded.is_encoder_decoder):
+        log.info("engine: padded batches (%s)", obstacle)
+        return static
+    return SlotsEngine(**parts, static=static, options=config.engine)
 
 
 def parity_check(config: RunConfig, engine: Engine, *, num_records: int) -> ParityCheck:

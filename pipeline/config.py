@@ -25,7 +25,17 @@ from pipeline.dataset.webdataset import WebdatasetConfig
 from pipeline.errors import UsageError
 from pipeline.option import is_speed_only, option, range_problem
 from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
-from pipeline.vlm.options import EngineConfig, GenerationConfig, GreedyConfig, SampleConfig, StaticConfig, VlmConfig
+from pipeline.vlm.options import (
+    AutoConfig,
+    EngineConfig,
+    GenerationConfig,
+    GreedyConfig,
+    SampleConfig,
+    SlotsConfig,
+    StaticConfig,
+    VllmConfig,
+    VlmConfig,
+)
 from pipeline.write.schema import WriteConfig
 
 
@@ -75,7 +85,10 @@ def register_schemas() -> None:
         },
         "prompt": {"prompt": PromptConfig},
         "vlm": {"vlm": VlmConfig},
-        "engine": {"engine": EngineConfig, "static": StaticConfig},
+        "engine": {
+            option_class.kind or "engine": option_class
+            for option_class in (EngineConfig, AutoConfig, SlotsConfig, StaticConfig, VllmConfig)
+        },
         "generation": {"greedy": GreedyConfig, "sample": SampleConfig},
         "write": {"write": WriteConfig},
         "cluster": {"local": LocalConfig},

@@ -95,7 +95,9 @@ class Preparation:
             warnings=(*facts.warnings, *encoded.warnings),
         )
         room = self._room(encoded.num_prompt_tokens, cap)
-        return [EncodedSample(key, row.id, encoded.tensors, facts, room) for key in keys]
+        return [
+            EncodedSample(key, row.id, encoded.tensors, facts, room, encoded.image_key, encoded.compact) for key in keys
+        ]
 
     def _image_facts(self, facts: PromptFacts, prompt: Prompt, images: Sequence[OpenedImage]) -> PromptFacts:
         sha256 = tuple(image.sha256 for image in images)

@@ -106,11 +106,21 @@ class PromptFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class CompactImages:
+    """Image tensors as the 8-bit pixels that they are made of; pipeline.tensors.replay makes the tensors."""
+
+    pixels: tuple[np.ndarray[Any, Any], ...]  # [height, width, 3] uint8
+    recipe: Any  # pipeline.tensors.recipe.Recipe
+    shapes: Mapping[str, tuple[int, ...]]  # of the tensors, by name
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedSample:
     """One prompt as the model's processor gives it, without padding.
 
     `tensors` holds the processor's output for this one sample by name (input_ids [1, T], pixel_values ...), as numpy
-    arrays so that they cross a process border without torch.
+    arrays so that they cross a process border without torch. Those in `compact.shapes` are not among them: they have
+    to be made first (pipeline.tensors.replay).
     """
 
     key: RecordKey
@@ -118,6 +128,8 @@ class EncodedSample:
     tensors: Mapping[str, np.ndarray[Any, Any]]
     facts: PromptFacts
     max_new_tokens: int | None = None  # this row's own cap, from generation.max_new_tokens_column
+    image_key: str | None = None  # samples with equal keys give the model equal images; None without images
+    compact: CompactImages | None = None
 
     @property
     def num_tokens(self) -> int:

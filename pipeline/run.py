@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING
 from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, workers
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Inputs
-from pipeline.errors import ErrorBudgetExceeded, Interrupted, RowFault, RunFailed, UsageError
+from pipeline.errors import ErrorBudgetExceeded, Interrupted, RunFailed, UsageError
 from pipeline.feed import Feed
+from pipeline.intake import Intake
 from pipeline.interruption import Interruption
 from pipeline.meter import Meter
 from pipeline.plan import Plan, make_folders, open_plan, read_inputs, read_plan
-from pipeline.preparation import Task, errors
 from pipeline.prompt.template import Template
-from pipeline.records import Answer, EncodedSample, Shard, Stage
+from pipeline.records import Answer, Shard
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
-from pipeline.tensors.pool import Lost
 from pipeline.vlm.base import Engine
 from pipeline.vlm.generation import effective_settings
 from pipeline.vlm.identity import ModelIdentity, identify
@@ -121,8 +120,9 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
             kept_images = config.dataset.image_column if config.write.keep_images else None
             feed = Feed(output_dir, plan, config.dataset.open(inputs), ledger, claims, kept_images)
             for tasks in feed.streams(todo):
-                results = meter.waiting(pool.results(tasks))
-                for answer in engine.answers(parity.checked(samples_of(results, record))):
+                samples = Intake(meter.waiting(pool.results(tasks)), record, pool.has_results)
+                parity.check(samples.first(parity.num_due))
+                for answer in engine.answers(samples):
                     record(answer)
                 if stop.requested:
                     break
@@ -205,20 +205,6 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
 def my_shards(plan: Plan, rank: int, world: int) -> list[Shard]:
     """A rank's own shards, in order."""
     return [plan.shard(number) for number in range(rank, plan.num_shards, world)]
-
-
-def samples_of(
-    results: Iterator[list[EncodedSample | Answer] | Lost[Task]], record: Callable[[Answer], None]
-) -> Iterator[EncodedSample]:
-    """What the engine can answer; error records go straight to the ledger."""
-    for result in results:
-        if isinstance(result, Lost):
-            result = errors(result.task, RowFault(Stage.DECODE, result.kind, f"the row {result.reason}"))
-        for item in result:
-            if isinstance(item, Answer):
-                record(item)
-            else:
-                yield item
 
 
 def check_budget(max_error_rate: float | None, tally: Tally) -> None:

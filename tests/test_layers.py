@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "tally"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
     {"plan", "preparation"},
-    {"feed", "config", "status", "audit"},
+    {"feed", "intake", "config", "status", "audit"},
     {"assembly"},
     {"compose", "run", "manifest"},
     {"preview"},

@@ -58,9 +58,8 @@ class Batcher:
 
     def split(self, window: Sequence[EncodedSample]) -> Iterator[list[EncodedSample]]:
         """A window's batches; also a batch's own, where the budget or what may be padded changed since."""
-        self._learn(window)
         # Longest first: what does not fit into memory shows in the window's first batch.
-        window = sorted(window, key=self._order, reverse=True)
+        window = self.sorted(window)
         group: list[EncodedSample] = []
         width = 0
         for sample in window:
@@ -73,6 +72,16 @@ class Batcher:
             width = max(width, cost)
         if group:
             yield group
+
+    def sorted(self, window: Sequence[EncodedSample]) -> list[EncodedSample]:
+        """Samples with like beside like, longest first."""
+        self._learn(window)
+        return sorted(window, key=self._order, reverse=True)
+
+    def fits(self, first: EncodedSample, other: EncodedSample) -> bool:
+        """Whether two samples may share a batch."""
+        self._learn([first, other])
+        return self._fits(first, other)
 
     def pads_images(self, group: Sequence[EncodedSample]) -> bool:
         """Whether images of a group are padded, or whatever else does not run along the tokens."""

@@ -133,6 +133,10 @@ class WorkerPool(Generic[Task, Result]):
             self._wake()
             yield value
 
+    def has_results(self) -> bool:
+        """Whether results() has one that can be had without waiting."""
+        return not self._buffer.empty()
+
     def stop_feeding(self) -> None:
         """Hand out no further task; results() ends with what is in the workers. May be called by a signal handler."""
         self._stopping = True

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import RowFault, RunFailed, VlmBatchError
-from pipeline.records import Stage
+from pipeline.records import CompactImages, Stage
 from pipeline.tensors.chat import ROW_ERRORS, PlainForm, PromptForm, Turn
 from pipeline.tensors.load import load_processor, missing_package
+from pipeline.tensors.memo import ImageCall, ImageMemo, digest_of
 from pipeline.tensors.probe import Sketch, TemplateFit, fitting_form, image_placeholder, image_tokens, question
 from pipeline.tensors.tokens import closing_id, image_token_ids, special_pattern
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+
+    from pipeline.tensors.recipe import Recipe
+    from pipeline.tensors.recording import Recorder
+
+log = logging.getLogger(__name__)
+
+
+# How images travel to the engine: as the processor's tensors, or compact, as 8-bit pixels that were resized by Pillow,
+# or that are yet to be resized where the tensors are made.
+Shipping = Literal["processed", "resized", "decoded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,7 @@ class ProcessorSource:
     own_text: str = ""  # what the user wrote into templates, where an image token would be a mistake
     max_tokens: int | None = None  # the model's context, in tokens
     num_reserved_tokens: int = 1  # of the context, for the answer
+    shipping: Shipping = "processed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,8 @@ class Encoded:
     num_prompt_tokens: int
     num_image_tokens: int | None
     warnings: tuple[str, ...]
+    image_key: str | None = None  # equal for equal images; None without images
+    compact: CompactImages | None = None  # image tensors that are not in `tensors`
 
 
 class Processor:
@@ -60,6 +75,8 @@ class Processor:
         self._image_token_ids = image_token_ids(self._processor, self._tokenizer)
         self._special = special_pattern(self._processor, self._tokenizer)
         self._closing_id = closing_id(self._tokenizer)
+        self._memo = ImageMemo(self._processor)
+        self._recorder: Recorder | None = None  # started once the prompt's form is known
         self._fit: TemplateFit | None = None
         self._several_images: bool | None = None  # whether a prompt may have them; not known yet
         try:
@@ -75,6 +92,9 @@ class Processor:
                 f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
             ) from problem
 
+        if source.shipping != "processed":
+            self._record()
+
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that made the prompt's tokens."""
@@ -87,9 +107,15 @@ class Processor:
             RowFault: the prompt is longer than the model's context, or the processor refuses the row.
         """
         warnings: list[str] = []
+        self._memo.used = False
         try:
             text = self.text(messages, warnings)
             batch = self._call(text, images)
+            call = self._memo.last if self._memo.used else None
+            if call and call.recipe and not _handed_on(call, batch):
+                self._stop_recording("the processor goes on working on what its image processor made")
+                batch = self._call(text, images)
+                call = self._memo.last
         except ROW_ERRORS as problem:
             raise RowFault(Stage.ENCODE, type(problem).__name__, str(problem) or "no message") from problem
         if len(images) > 1 and not self._sees_all(text, images, batch["input_ids"].shape[-1]):
@@ -97,7 +123,15 @@ class Processor:
             raise RowFault(Stage.ENCODE, "ImageCount", message)
         # PaliGemma's processor gives labels, too: they are for training.
         usable = {name: tensor for name, tensor in batch.items() if hasattr(tensor, "numpy") and name != "labels"}
-        tensors = self._open_ended({name: tensor.numpy() for name, tensor in usable.items()})
+        compact = call.compact if call else None
+        made = {name: own for name, tensor in usable.items() if call and (own := call.made(name, tensor)) is not None}
+        tensors = self._open_ended(
+            {
+                name: call.array(made[name]) if call and name in made else tensor.numpy()
+                for name, tensor in usable.items()
+                if compact is None or name not in compact.shapes
+            }
+        )
         num_tokens = int(tensors["input_ids"].shape[-1])
         if not num_tokens:
             raise RowFault(Stage.ENCODE, "EmptyPrompt", "the prompt has no tokens; write some text into prompt.user")
@@ -110,7 +144,8 @@ class Processor:
                 f"{len(images)} images, but only {num_image_tokens} image tokens in the prompt: the model would not "
                 "see them all. The chat template drops images.",
             )
-        return Encoded(tensors, num_tokens, num_image_tokens, tuple(warnings))
+        image_key = _image_key(tensors, made, call) if images else None
+        return Encoded(tensors, num_tokens, num_image_tokens, tuple(warnings), image_key, compact)
 
     def text(self, messages: Sequence[Turn], warnings: list[str]) -> str:
         """The prompt as the model's chat template renders it, or as prompt.format=plain joins it.
@@ -200,6 +235,35 @@ class Processor:
             return tensors
         return {name: array[:, :-1] if array.shape[:2] == (1, num_tokens) else array for name, array in tensors.items()}
 
+    def _record(self, *, at_once: bool = False) -> None:
+        """From now on images travel compact where a recipe for them is found."""
+        from pipeline.tensors.recording import Recorder
+
+        if self._memo.run is None:
+            log.info("images are shipped as the processor makes them: it has no image processor of its own")
+            return
+        self._recorder = Recorder(self._memo.image_processor, self._memo.run, at_once=at_once)
+        self._memo.substitute = self._stand_in
+        self._memo.last = None
+
+    def _stop_recording(self, reason: str) -> None:
+        log.info("images are shipped as the processor makes them: %s", reason)
+        self._memo.substitute = self._recorder = self._memo.last = None
+
+    def _stand_in(self, call: ImageCall) -> tuple[Any, Recipe] | None:
+        """What stands for the image processor's result, and how the result is made; None where it has to be had."""
+        found = self._recorder.recipe(call) if self._recorder else None
+        if found is None:
+            return None
+        recipe, result = found
+        # A large picture that becomes a small one would travel as more bytes than before.
+        resized = self._source.shipping == "resized" or recipe.given_bytes > recipe.tensor_bytes
+        recipe, pixels = recipe.shipped(call.images, resized=resized)
+        if recipe.given_bytes > recipe.tensor_bytes:
+            return None
+        call.compact = CompactImages(pixels, recipe, recipe.shapes)
+        return result, recipe
+
     def _call(self, text: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
         arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
         bos = getattr(self._tokenizer, "bos_token", None)
@@ -237,6 +301,28 @@ class Processor:
                 f"the prompt has {num_tokens} tokens; the model takes {limit}, of which the answer needs at least "
                 f"{self._source.num_reserved_tokens}.",
             )
+
+
+def _handed_on(call: ImageCall, batch: Mapping[str, Any]) -> bool:
+    """Whether a prompt's tensors are what the image processor gave, or copies of it."""
+    assert call.recipe is not None
+    return all(name in batch and call.made(name, batch[name]) is not None for name in call.recipe.layouts)
+
+
+def _image_key(tensors: Mapping[str, np.ndarray[Any, Any]], made: Collection[str], call: ImageCall | None) -> str:
+    """Digest of what the model gets of images.
+
+    Where the image processor was called as usual its input is digested, which is smaller than what it makes of it.
+    """
+    num_tokens = tensors["input_ids"].shape[-1]
+    others = {
+        name: array
+        for name, array in tensors.items()
+        if name not in made and (array.shape[:2] != (1, num_tokens) or array.dtype.kind == "f")
+    }
+    if call is None or not made:
+        return digest_of(others)
+    return f"{call.key}{digest_of(others)}" if others else call.key
 
 
 def _chat_template(processor: Any, tokenizer: Any, folder: str) -> str:

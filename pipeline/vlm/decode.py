@@ -49,7 +49,7 @@ class DecodeLoop:
         logits_BV = outputs.logits[:, -1]
         cache, mask_BT = kwargs["past_key_values"], kwargs.get("attention_mask")  # no mask where nothing is padded
         rows = list(self._generations)  # of the batch, in its order
-        position = _last_position(inputs, len(rows))
+        position = last_position(inputs, len(rows))
         seen_BV = seen_tokens(input_ids, mask_BT, logits_BV) if self._needs_history else None
         past_BT = _past(input_ids, mask_BT) if logits_processor else None
         carried: dict[str, torch.Tensor] | None = None
@@ -100,7 +100,7 @@ def _carried(model: Any, outputs: Any, input_ids: torch.Tensor, kwargs: Mapping[
     }
 
 
-def _last_position(inputs: Mapping[str, Any], num_rows: int) -> torch.Tensor | None:
+def last_position(inputs: Mapping[str, Any], num_rows: int) -> torch.Tensor | None:
     """The position of the last prompt token, [..., B, 1]: 2-D as a rule, with more axes in front for M-RoPE."""
     position: torch.Tensor | None = inputs.get("position_ids")
     if position is None:

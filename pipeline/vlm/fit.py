@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from pipeline.records import EncodedSample, FinishReason
+from pipeline.records import EncodedSample
 from pipeline.vlm.answer import Generation
 from pipeline.vlm.base import Batcher, EngineCounts
 from pipeline.vlm.decode import DecodeLoop
+from pipeline.vlm.script import Script
 from pipeline.vlm.search import OwnLoop
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Fit:
     ) -> tuple[list[torch.Tensor], list[int]]:
         """The first sample's logits, one tensor [V] for each step, and its tokens: those given, else the likeliest."""
         batch = self._model_inputs(self._batcher.collate(samples, num_extra_tokens=num_extra_tokens))
-        script = _Script(tokens, self._settings.eos_token_id or [])
+        script = Script(tokens, self._settings.eos_token_id or [])
         generations = [Generation(sample, _NUM_STEPS if n == 0 else 2) for n, sample in enumerate(samples)]
         if self.own_loop if own_loop is None else own_loop:
             OwnLoop(generations, script.choose, needs_history=False).run(self._model, batch, self._settings)
@@ -144,25 +145,3 @@ class Fit:
             loop = DecodeLoop(generations, script.choose, EngineCounts(), needs_history=False)
             self._model.generate(**batch, generation_config=self._settings, custom_generate=loop)
         return script.logits_SV, script.tokens
-
-
-class _Script:
-    """Gives every row the same tokens, so that two ways of computing them can be compared at each step; no end."""
-
-    def __init__(self, tokens: list[int] | None, eos_ids: Sequence[int]) -> None:
-        self._eos_ids = list(eos_ids)
-        self.tokens = list(tokens or [])
-        self.logits_SV: list[torch.Tensor] = []
-
-    def choose(self, rows: Sequence[Generation], logits_BV: torch.Tensor, seen_BV: torch.Tensor | None) -> torch.Tensor:
-        step = len(self.logits_SV)
-        self.logits_SV.append(logits_BV[0].float().nan_to_num())  # what a processor forbids is minus infinity
-        if step == len(self.tokens):
-            allowed_V = self.logits_SV[-1].clone()
-            allowed_V[[number for number in self._eos_ids if number < len(allowed_V)]] = -torch.inf
-            self.tokens.append(int(allowed_V.argmax()))
-        for row in rows:
-            if not row.done:
-                row.tokens.append(self.tokens[step])
-                row.finish_reason = FinishReason.LENGTH if len(row.tokens) == row.max_new_tokens else None
-        return torch.full((len(rows),), self.tokens[step], device=logits_BV.device)

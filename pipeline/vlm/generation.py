@@ -224,6 +224,17 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
     return GenerationSettings(sampling, processors, {name: entry for name, entry in extra.items() if name not in known})
 
 
+def slots_obstacle(settings: GenerationSettings, *, is_encoder_decoder: bool) -> str | None:
+    """Why the slots engine cannot generate with these settings; None where it can."""
+    if is_encoder_decoder:
+        return "an encoder-decoder has no prompt to go on from"
+    if settings.processors:
+        return f"the slots do not know {', '.join(sorted(settings.processors))}"
+    if settings.forward:
+        return f"the slots do not pass on {', '.join(sorted(settings.forward))}"
+    return None
+
+
 def log_settings(settings: GenerationSettings, checkpoint: Mapping[str, Any]) -> None:
     """Say what of the checkpoint holds although nobody asked for it, and what of it does not."""
     ignored = {name: checkpoint[name] for name in _NOT_APPLIED if checkpoint.get(name) not in _NEUTRAL}

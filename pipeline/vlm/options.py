@@ -109,6 +109,41 @@ class StaticConfig(EngineConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class SlotsConfig(EngineConfig):
+    """Continuous batching: a finished answer's slot takes the next row. Padded batches for models that do not fit."""
+
+    kind: ClassVar[str] = "slots"
+
+    reuse_images: bool = option(True, "encode an image once for all the rows that show it", speed=True)
+
+
+@dataclass(kw_only=True, slots=True)
+class AutoConfig(SlotsConfig):
+    """Slots where the model and the settings fit them, else padded batches."""
+
+    kind: ClassVar[str] = "auto"
+
+
+@dataclass(kw_only=True, slots=True)
+class VllmConfig(EngineConfig):
+    """vLLM's own scheduler and kernels, for the models it knows. max_batch_tokens is its business and ignored."""
+
+    kind: ClassVar[str] = "vllm"
+
+    tensor_parallel_size: int = option(1, "GPUs that share each layer of the model", speed=True, least=1)
+    gpu_memory_utilization: float | None = option(
+        None, "share of a GPU's memory that vLLM takes; null = vLLM's own", speed=True, least=0.01, most=1
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None, "memory for keys and values, in bytes; null = what is left (CPU: 4 GiB at most)", speed=True, least=1
+    )
+    max_model_len: int | None = option(
+        None, "tokens of a prompt and its answer; a longer prompt is an error row; null = all", speed=True, least=2
+    )
+    enforce_eager: bool = option(False, "no compilation and no CUDA graphs: starts sooner, runs slower", speed=True)
+
+
+@dataclass(kw_only=True, slots=True)
 class GenerationConfig:
     """How tokens are chosen. Null means what the checkpoint's generation_config.json says."""
 

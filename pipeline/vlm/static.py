@@ -9,23 +9,21 @@ Shapes: B rows in the batch, V tokens of the vocabulary.
 from __future__ import annotations
 
 import copy
-import difflib
-import gc
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
-from transformers import GenerationConfig as TransformersConfig
 
 from pipeline.errors import Interrupted, RunFailed
 from pipeline.records import Answer, EncodedSample, Fault, Stage
 from pipeline.vlm.answer import Ending, Generation
 from pipeline.vlm.base import Batcher, EngineCounts, OnToken, StopSignal, Trace
+from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.decode import DecodeLoop
+from pipeline.vlm.failure import described, is_fatal, is_out_of_memory, release_memory
 from pipeline.vlm.fit import Fit
-from pipeline.vlm.generation import PROCESSORS, SEARCH, WARPERS, GenerationSettings
+from pipeline.vlm.generation import GenerationSettings
+from pipeline.vlm.inputs import ModelInputs, transformers_settings
 from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.sampling import Sampler
 from pipeline.vlm.search import BeamSearch, OwnLoop
@@ -51,12 +49,13 @@ class StaticEngine:
     ) -> None:
         self._loaded, self._model = loaded, loaded.model
         self._settings = settings
-        self._batcher, self._sampler, self._ending = batcher, sampler, ending
+        self._batcher, self._ending = batcher, ending
+        self._choose = TokenChoice(sampler, ending, stop)
         self.max_new_tokens, self._stop = max_new_tokens, stop
         self._full_budget = (batcher.max_rows, batcher.max_tokens)
         self._num_calm_batches = 0
-        self._transformers_settings = _transformers_settings(loaded, settings, ending)
-        _check_forward(loaded.model, settings)
+        self._transformers_settings = transformers_settings(loaded, settings, ending)
+        self._model_inputs = ModelInputs(loaded, settings)
         self._fit = Fit(
             loaded.model,
             batcher,
@@ -65,7 +64,14 @@ class StaticEngine:
             is_encoder_decoder=loaded.is_encoder_decoder,
         )
         self.counts = EngineCounts()
-        self.on_token: OnToken | None = None
+
+    @property
+    def on_token(self) -> OnToken | None:
+        return self._choose.on_token
+
+    @on_token.setter
+    def on_token(self, listener: OnToken | None) -> None:
+        self._choose.on_token = listener
 
     @property
     def numerics(self) -> Mapping[str, str]:
@@ -138,10 +144,9 @@ class StaticEngine:
         except (Interrupted, RunFailed):
             raise
         except Exception as problem:  # any row may bring a model down in its own way: isolated, recorded, counted
-            if _is_fatal(problem):
+            if is_fatal(problem):
                 raise RunFailed(f"the accelerator failed and cannot go on: {problem}") from problem
-            found = (type(problem).__name__, str(problem).strip().split("\n")[0] or "no message")
-            out_of_memory = _is_out_of_memory(problem)
+            found, out_of_memory = described(problem), is_out_of_memory(problem)
         if out_of_memory:
             self._shrink(generations)
         return found
@@ -163,7 +168,7 @@ class StaticEngine:
         self.counts.num_batches += 1
         self.counts.num_prompt_tokens += int(batch["attention_mask"].sum())
         self.counts.num_padded_prompt_tokens += batch["input_ids"].numel()
-        needs_history = self._sampler.needs_history
+        needs_history = self._choose.needs_history
         if self._settings.num_beams > 1:
             penalty = self._settings.sampling.repetition_penalty
             search = BeamSearch(generations, self._ending, self._stop, repetition_penalty=penalty)
@@ -175,41 +180,6 @@ class StaticEngine:
             self._model.generate(**batch, generation_config=settings, custom_generate=loop)
         self.counts.num_generated_tokens += sum(len(generation.tokens) for generation in generations)
 
-    def _model_inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """A batch on the model's device in its arithmetic, and what else generate() gets.
-
-        Raises:
-            RunFailed: generation.extra names what the processor makes of each row.
-        """
-        if both := sorted(self._settings.forward.keys() & batch.keys()):
-            raise RunFailed(f"generation.extra.{both[0]} cannot be set: the processor makes it for each row.")
-        return {name: self._moved(tensor) for name, tensor in batch.items()} | dict(self._settings.forward)
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(self._loaded.device, non_blocking=True)
-        return tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor
-
-    def _choose(
-        self, generations: Sequence[Generation], logits_BV: torch.Tensor, seen_BV: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Give each generation its next token, and note it in `seen_BV`."""
-        samples, steps = [row.sample for row in generations], [len(row.tokens) for row in generations]
-        token_B, finite_B = self._sampler.choose(logits_BV, samples, steps, seen_BV)
-        if seen_BV is not None:
-            seen_BV.scatter_(1, token_B[:, None], True)
-        for place, (row, token, finite) in enumerate(
-            zip(generations, token_B.tolist(), finite_B.tolist(), strict=True)
-        ):
-            if not row.done:  # a finished row may stay in the batch for some steps
-                if row.logits_SV is not None:
-                    row.logits_SV.append(logits_BV[place].to("cpu", torch.float32, copy=True))
-                self._ending.add(row, token, finite=finite)
-                if self.on_token is not None and finite:
-                    self.on_token(row.sample, token)
-        if self._stop.expired and not all(row.done for row in generations):
-            raise Interrupted("the grace period ended while a batch was being answered")
-        return token_B
-
     def _shrink(self, generations: Sequence[Generation]) -> None:
         """Budgets of half the batch that did not fit."""
         self.counts.num_out_of_memory += 1
@@ -220,9 +190,7 @@ class StaticEngine:
             self._batcher.max_rows = num_rows // 2
             self._batcher.max_tokens = min(self._batcher.max_tokens, num_rows * width) // 2
             log.warning("out of memory with %d rows; batches shrink to %d rows", num_rows, self._batcher.max_rows)
-        gc.collect()
-        if self._loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._loaded.device)
 
     def _recover(self) -> None:
         """After some batches without trouble the budget doubles, up to what was asked for."""
@@ -233,53 +201,3 @@ class StaticEngine:
             self._num_calm_batches = 0
             self._batcher.max_rows = min(2 * self._batcher.max_rows, self._full_budget[0])
             self._batcher.max_tokens = min(2 * self._batcher.max_tokens, self._full_budget[1])
-
-
-def _transformers_settings(loaded: LoadedModel, settings: GenerationSettings, ending: Ending) -> Any:
-    """Our settings as transformers takes them.
-
-    It would fill in from the model's own what is None here, so the model, and what generates inside of it, is left with
-    the names of tokens alone. Choosing a token is the sampler's, ending a row is ours; a cache of fixed size would be
-    computed over wholly.
-    """
-    own = loaded.model.generation_config
-    names = {
-        "bos_token_id": own.bos_token_id,
-        "pad_token_id": loaded.pad_id,
-        "decoder_start_token_id": own.decoder_start_token_id,
-    }
-    for module in loaded.model.modules():
-        if hasattr(module, "generation_config"):
-            module.generation_config = TransformersConfig(**names)
-    try:
-        return TransformersConfig(
-            **names,
-            eos_token_id=sorted(ending.eos_ids) or None,
-            use_cache=True,  # saved as False by many a training
-            **settings.processors,
-        )
-    except (TypeError, ValueError) as problem:
-        raise RunFailed(f"generation.extra={dict(settings.processors)}: {problem}") from problem
-
-
-def _check_forward(model: Any, settings: GenerationSettings) -> None:
-    known = {*inspect.signature(model.forward).parameters, *inspect.signature(model.generate).parameters}
-    for name in settings.forward:
-        if name not in known:
-            near = difflib.get_close_matches(name, [*known, *PROCESSORS, *WARPERS, *SEARCH], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RunFailed(
-                f"generation.extra.{name}: neither generate() nor the forward of {type(model).__name__} takes it.{hint}"
-            )
-
-
-def _is_out_of_memory(problem: Exception) -> bool:
-    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return any(sign in str(problem) for sign in signs)
-
-
-def _is_fatal(problem: Exception) -> bool:
-    """After these the device answers nothing more: the next rows are not at fault."""
-    return not _is_out_of_memory(problem) and ("CUDA error" in str(problem) or "device-side assert" in str(problem))

@@ -50,8 +50,8 @@ def test_without_the_trial_padding_would_change_answers(
 
 
 def test_a_decode_loop_that_is_wrong_about_a_model_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    last_position = decode._last_position
-    monkeypatch.setattr(decode, "_last_position", lambda *given: last_position(*given) - 3)
+    last_position = decode.last_position
+    monkeypatch.setattr(decode, "last_position", lambda *given: last_position(*given) - 3)
     engine = Observed("llava")
     assert engine.error([sample("llava", row) for row in range(8)]) <= BOUND
     assert engine.own_loop

@@ -103,7 +103,7 @@ def answers_of(engine: StaticEngine, given: list[EncodedSample]) -> list[Answer]
 
 
 def logits_of(engine: StaticEngine) -> dict[tuple[int, int], torch.Tensor]:
-    recorder = engine._sampler
+    recorder = engine._choose._sampler
     assert isinstance(recorder, Recorder)
     return recorder.seen
 

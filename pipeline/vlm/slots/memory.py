@@ -1,0 +1,253 @@
+"""Where the slots' keys and values lie: pools of slots of one capacity each, so that one long row does not size all.
+
+A slot holds one row: its prompt without padding from cell 0 on, then its answer. A pool is one tensor per layer; the
+rows of a pool are attended to together, over no more cells than its longest row has filled. Nothing is copied from step
+to step: a step writes one cell of each row.
+
+Shapes: N slots of a pool, S cells of each, B live rows, P of them in one pool, H heads of keys and values, D of a head.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Capacities 64, 96, 128, 192, 256, 384 ...: no more than half of a slot lies idle, and pools are few.
+_CLASSES = sorted({64 << power for power in range(16)} | {96 << power for power in range(16)})
+_FIRST_SLOTS = 4
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One row's cells."""
+
+    pool: Pool
+    index: int
+    num_tokens: int = 0  # cells filled
+
+
+class Pool:
+    """Slots of one capacity."""
+
+    def __init__(self, num_cells: int) -> None:
+        self.num_cells = num_cells
+        self.num_slots = 0
+        self.keys_NHSD: list[torch.Tensor] = []  # of each layer
+        self.values_NHSD: list[torch.Tensor] = []
+        self.free: list[int] = []  # sorted, so that live slots gather at the front
+
+    @property
+    def num_live(self) -> int:
+        return self.num_slots - len(self.free)
+
+    def grow(self, num_slots: int) -> None:
+        """Make room for so many slots; what is there stays."""
+        for tensors in (self.keys_NHSD, self.values_NHSD):
+            for layer, old_NHSD in enumerate(tensors):
+                new_NHSD = old_NHSD.new_empty(num_slots, *old_NHSD.shape[1:])
+                new_NHSD[: self.num_slots] = old_NHSD
+                # What no row wrote is masked, but 0 times infinity is not 0.
+                new_NHSD[self.num_slots :] = 0
+                tensors[layer] = new_NHSD
+        self.free += range(self.num_slots, num_slots)
+        self.num_slots = num_slots
+
+    def allocate(self, layers: Sequence[Any]) -> None:
+        """Storage shaped like the layers of a cache [B, H, T, D]."""
+        if not self.keys_NHSD:
+            self.keys_NHSD = [self._storage(layer.keys) for layer in layers]
+            self.values_NHSD = [self._storage(layer.values) for layer in layers]
+
+    def _storage(self, like_BHTD: torch.Tensor) -> torch.Tensor:
+        return like_BHTD.new_zeros(self.num_slots, like_BHTD.shape[1], self.num_cells, like_BHTD.shape[3])
+
+
+@dataclass(slots=True)
+class Share:
+    """The rows of a decode step that lie in one pool: rows `start` to `stop` of the batch, in the order of `index`."""
+
+    pool: Pool
+    start: int
+    stop: int
+    index_P: torch.Tensor
+    num_slots: int  # the highest live slot, and one
+    length_P: torch.Tensor  # cells filled before this step: where its token goes
+    num_cells: int = 0  # of the longest row, with this step's
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by sliding window; [num_slots, 1, 1, cells]
+
+    @property
+    def is_dense(self) -> bool:
+        return self.num_slots == self.stop - self.start
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """What a step's queries may not look at, True there: [num_slots, 1, 1, num_cells]."""
+        if window not in self.masks:
+            cell_S = torch.arange(self.num_cells, device=self.length_P.device)
+            length_N1 = self.length_P.new_zeros(self.num_slots)
+            length_N1[self.index_P] = self.length_P
+            length_N1 = length_N1[:, None]
+            hidden_NS = cell_S > length_N1
+            if window is not None:
+                hidden_NS |= cell_S <= length_N1 - window
+            self.masks[window] = hidden_NS[:, None, None]
+        return self.masks[window]
+
+
+class SlotMemory:
+    """All pools. Held by one loop.
+
+    Args:
+        max_slots: rows at a time.
+        max_cells: tokens of all slots together.
+        kernel: what attends to them in a decode step (attention.py).
+    """
+
+    def __init__(self, *, max_slots: int, max_cells: int, kernel: Any) -> None:
+        self.max_slots, self.max_cells, self.kernel = max_slots, max_cells, kernel
+        self._pools: dict[int, Pool] = {}
+        self.shares: list[Share] = []  # of the step at hand
+        self.cache: Cache | None = None
+
+    @property
+    def num_live(self) -> int:
+        return sum(pool.num_live for pool in self._pools.values())
+
+    @property
+    def num_cells(self) -> int:
+        """Cells allocated."""
+        return sum(pool.num_slots * pool.num_cells for pool in self._pools.values())
+
+    def reserve(self, num_tokens: int) -> Slot | None:
+        """A slot for a row of so many tokens, answer included; None while there is no room.
+
+        A row larger than all the memory gets it when it is alone: whether it fits is the device's word.
+        """
+        if self.num_live >= self.max_slots:
+            return None
+        num_cells = _CLASSES[bisect.bisect_left(_CLASSES, num_tokens)] if num_tokens <= _CLASSES[-1] else num_tokens
+        pool = self._pools.setdefault(num_cells, Pool(num_cells))
+        if not pool.free and not self._grow(pool):
+            return None
+        return Slot(pool, pool.free.pop(0))
+
+    def release(self, slot: Slot) -> None:
+        """The row is done; its cells may be written anew."""
+        bisect.insort(slot.pool.free, slot.index)
+
+    def insert(self, slot: Slot, layers: Sequence[Any], row: int, first: int, last: int | None = None) -> None:
+        """A row's keys and values [B, H, T, D], tokens `first` up to `last`, behind what the slot holds already."""
+        slot.pool.allocate(layers)
+        if self.cache is None:
+            self.cache = Cache(layers=[SlotLayer(self, number) for number in range(len(layers))])
+        start = slot.num_tokens
+        slot.num_tokens += (layers[0].keys.shape[2] if last is None else last) - first
+        for number, layer in enumerate(layers):
+            slot.pool.keys_NHSD[number][slot.index, :, start : slot.num_tokens] = layer.keys[row, :, first:last]
+            slot.pool.values_NHSD[number][slot.index, :, start : slot.num_tokens] = layer.values[row, :, first:last]
+
+    def copy(self, source: Slot, target: Slot) -> None:
+        """What one slot holds, into another."""
+        stored = zip(source.pool.keys_NHSD, source.pool.values_NHSD, strict=True)
+        target.pool.allocate([_Layer(keys_NHSD, values_NHSD) for keys_NHSD, values_NHSD in stored])
+        target.num_tokens = num_tokens = source.num_tokens
+        for ours, theirs in (
+            (target.pool.keys_NHSD, source.pool.keys_NHSD),
+            (target.pool.values_NHSD, source.pool.values_NHSD),
+        ):
+            for into_NHSD, from_NHSD in zip(ours, theirs, strict=True):
+                into_NHSD[target.index, :, :num_tokens] = from_NHSD[source.index, :, :num_tokens]
+
+    def arrange(self, slots: Sequence[Slot], length_B: torch.Tensor) -> None:
+        """Say which rows the next steps are of. The slots come ordered by pool, then by index.
+
+        length_B: tokens that each holds, on the device; `advance` counts it up.
+        """
+        self.shares = []
+        start = 0
+        while start < len(slots):
+            pool, stop = slots[start].pool, start + 1
+            while stop < len(slots) and slots[stop].pool is pool:
+                stop += 1
+            index_P = torch.tensor([slot.index for slot in slots[start:stop]], device=length_B.device)
+            num_slots = slots[stop - 1].index + 1
+            self.shares.append(Share(pool, start, stop, index_P, num_slots, length_B[start:stop]))
+            start = stop
+
+    def begin_step(self, slots: Sequence[Slot]) -> None:
+        """Before each forward: how far the queries look."""
+        for share in self.shares:
+            share.num_cells = 1 + max(slot.num_tokens for slot in slots[share.start : share.stop])
+            share.masks.clear()
+
+    def _grow(self, pool: Pool) -> bool:
+        wanted = min(max(_FIRST_SLOTS, 2 * pool.num_slots), self.max_slots)
+        for num_slots in (wanted, pool.num_slots + 1):
+            needed = (num_slots - pool.num_slots) * pool.num_cells
+            if num_slots > pool.num_slots and self._make_room(needed, pool):
+                pool.grow(num_slots)
+                return True
+        if self.num_live == 0:
+            pool.grow(pool.num_slots + 1)
+            return True
+        return False
+
+    def _make_room(self, num_cells: int, wanting: Pool) -> bool:
+        """Drop idle pools, as many as it takes."""
+        for capacity, pool in list(self._pools.items()):
+            if self.num_cells + num_cells <= self.max_cells:
+                break
+            if pool is not wanting and not pool.num_live:
+                del self._pools[capacity]
+        return self.num_cells + num_cells <= self.max_cells
+
+
+@dataclass(slots=True)
+class _Layer:
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of all slots, as transformers' attention modules see a cache. For decode steps alone."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, memory: SlotMemory, number: int) -> None:
+        super().__init__()
+        self.memory, self._number = memory, number
+        self.is_initialized = True
+
+    def parts(self, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a pool up to its longest row: [num_slots, H, num_cells, D]."""
+        keys_NHSD, values_NHSD = share.pool.keys_NHSD[self._number], share.pool.values_NHSD[self._number]
+        return (
+            keys_NHSD[: share.num_slots, :, : share.num_cells],
+            values_NHSD[: share.num_slots, :, : share.num_cells],
+        )
+
+    def update(self, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Write each row's cell; the attention function finds the rest through the key's `slot_layer`."""
+        for share in self.memory.shares:
+            rows = slice(share.start, share.stop)
+            share.pool.keys_NHSD[self._number][share.index_P, :, share.length_P] = key_BH1D[rows, :, 0]
+            share.pool.values_NHSD[self._number][share.index_P, :, share.length_P] = value_BH1D[rows, :, 0]
+        key_BH1D.slot_layer = self  # type: ignore[attr-defined]
+        return key_BH1D, value_BH1D
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Storage comes with the first row."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return max((share.num_cells for share in self.memory.shares), default=1) - 1
+
+    def get_max_length(self) -> int:
+        return -1
