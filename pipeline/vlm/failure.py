@@ -1,8 +1,9 @@
-"""What an exception of the model's means: too little memory, a device that is lost, or a row that is at fault."""
+"""What an exception of the model means: too little memory, a lost device, or a row at fault; and memory that is left."""
 
 from __future__ import annotations
 
 import gc
+import os
 
 import torch
 
@@ -24,6 +25,18 @@ def is_fatal(problem: Exception) -> bool:
 def described(problem: Exception) -> tuple[str, str]:
     """Class and first line of what went wrong. The exception itself would keep its tensors alive."""
     return type(problem).__name__, str(problem).strip().split("\n")[0] or "no message"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device; of a CPU what the system calls available."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def release_memory(device: torch.device) -> None:

@@ -29,6 +29,14 @@ class Attention(Enum):
     eager = "eager"
 
 
+class DecodeAttention(Enum):
+    """What attends to the slots; auto is the faster on this machine."""
+
+    auto = "auto"
+    matmul = "matmul"
+    sdpa = "sdpa"
+
+
 class Quantization(Enum):
     """What the weights of the language model are stored in; none leaves them in vlm.dtype."""
 
@@ -115,6 +123,13 @@ class SlotsConfig(EngineConfig):
     kind: ClassVar[str] = "slots"
 
     reuse_images: bool = option(True, "encode an image once for all the rows that show it", speed=True)
+    decode_attention: DecodeAttention = option(
+        DecodeAttention.auto, "kernel of decode steps: auto (the faster, tried at start), matmul or sdpa", speed=True
+    )
+    fused_projections: bool = option(True, "compute q, k and v, and gate and up, as one product each", speed=True)
+    packed_weights: bool = option(
+        True, "on a CPU, keep copies of weights in the layout that is fastest there, if memory allows", speed=True
+    )
 
 
 @dataclass(kw_only=True, slots=True)

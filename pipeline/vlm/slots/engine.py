@@ -18,7 +18,7 @@ from pipeline.records import Answer, EncodedSample, Fault, Stage
 from pipeline.vlm.answer import Ending, Generation
 from pipeline.vlm.base import Batcher, EngineCounts, OnToken, StopSignal, Trace
 from pipeline.vlm.choice import TokenChoice
-from pipeline.vlm.failure import described, is_fatal, is_out_of_memory, release_memory
+from pipeline.vlm.failure import described, free_bytes, is_fatal, is_out_of_memory, release_memory
 from pipeline.vlm.generation import GenerationSettings
 from pipeline.vlm.inputs import ModelInputs, transformers_settings
 from pipeline.vlm.load import LoadedModel
@@ -29,6 +29,7 @@ from pipeline.vlm.slots.features import ImageFeatures
 from pipeline.vlm.slots.loop import SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
+from pipeline.vlm.slots.projection import Projections
 from pipeline.vlm.slots.queue import Queue
 from pipeline.vlm.slots.trial import Trial
 from pipeline.vlm.static import StaticEngine
@@ -39,6 +40,7 @@ _WINDOW_SLOTS = 8  # samples that are sorted together, for each slot
 _REFILL_SHARE = 8  # an eighth of the slots is refilled at once: a prefill of one row costs nearly as much as of several
 _CALM_ANSWERS = 256  # after so many without trouble a budget that shrank doubles
 _FEATURE_BYTES = 1 << 30
+_WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their products
 
 
 class SlotsEngine:
@@ -67,6 +69,8 @@ class SlotsEngine:
         if options.reuse_images:
             self._features = ImageFeatures(loaded.model, batcher, self._inputs, max_bytes=_FEATURE_BYTES)
         self._fits: dict[frozenset[str], bool] = {}  # by the names of a sample's tensors
+        self._projections: Projections | None = None
+        self._kernel = options.decode_attention.value
         self._max_slots = options.max_batch_rows
         self._max_prefill_tokens = self._full_prefill_tokens = 2048 if loaded.device.type == "cpu" else 16_384
         self._num_calm_answers = 0
@@ -140,7 +144,7 @@ class SlotsEngine:
         memory = SlotMemory(
             max_slots=self._options.max_batch_rows,
             max_cells=self._options.max_batch_tokens,
-            kernel=KERNELS["matmul"],
+            kernel=KERNELS.get(self._kernel, KERNELS["sdpa"]),
         )
         prefill = Prefill(
             self._model,
@@ -288,24 +292,40 @@ class SlotsEngine:
             self._judged(problem)
             log.warning("slots: generate() itself failed on the rows to try (%s: %s)", *described(problem))
             return False
-        ways = ["with encoded images kept"] * (self._features is not None) + [""]
-        for way in ways:
+        self._speed_up()
+        while True:
             try:
                 error = self._error(trial)
-                problem_text = f"logits differ by {error:.1e} of the largest"
-            except Exception as problem:
+                difference = f"logits differ by {error:.1e} of the largest"
+            except Exception as problem:  # whatever a model finds to say about our way of calling it
                 self._judged(problem)
-                error, problem_text = float("inf"), ": ".join(described(problem))
+                error, difference = float("inf"), ": ".join(described(problem))
             if error <= trial.bound:
                 log.info(
                     "slots: logits agree with generate() to %.0e of the largest (allowed: %.0e)", error, trial.bound
                 )
                 return True
-            if way:
-                log.info("slots: the model does not fit %s (%s)", way, problem_text)
+            if self._features is not None:
                 self._features = None
-        log.warning("this model does not fit the slots engine (%s); padded batches answer its rows", problem_text)
-        return False
+                log.info("slots: images are encoded with their prompts, as otherwise %s", difference)
+            elif self._projections is not None:
+                self._projections.restore()
+                self._projections = None
+                log.info("slots: projections are left as they are, as otherwise %s", difference)
+            else:
+                log.warning("this model does not fit the slots engine (%s); padded batches answer its rows", difference)
+                return False
+
+    def _speed_up(self) -> None:
+        """Once, after the model as it is has told the truth: its products faster, and the faster attention."""
+        options = self._options
+        if self._projections is None and not self._fits and (options.fused_projections or options.packed_weights):
+            self._projections = Projections(
+                self._model,
+                fuse=options.fused_projections,
+                pack=options.packed_weights and self._model.num_parameters() >= _WORTH_PACKING,
+                free_bytes=free_bytes(self._loaded.device) // 2,
+            )
 
     def _error(self, trial: Trial) -> float:
         counts = self.counts
