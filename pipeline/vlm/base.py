@@ -47,6 +47,8 @@ class Batcher(Protocol):
 
     def fits(self, first: EncodedSample, other: EncodedSample) -> bool: ...
 
+    def cut(self, sample: EncodedSample, num_tokens: int) -> EncodedSample: ...
+
     def pads_images(self, group: Sequence[EncodedSample]) -> bool: ...
 
     def collate(self, group: Sequence[EncodedSample], *, num_extra_tokens: int = 0) -> dict[str, torch.Tensor]: ...
@@ -63,6 +65,10 @@ class EngineCounts:
     num_decode_rows: int = 0  # rows computed over all decode steps, finished ones included
     num_generated_tokens: int = 0
     num_out_of_memory: int = 0
+    num_images_encoded: int = 0  # rows whose images went through the vision tower; slots only
+    vision_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     num_failed_batches: int = 0  # of several rows, halved until the rows at fault stood alone
 
 

@@ -1,4 +1,4 @@
-"""What an exception of the model means: too little memory, a lost device, or a row at fault; and memory that is left."""
+"""What an exception of the model means: too little memory, a lost device, a row at fault; and the memory left."""
 
 from __future__ import annotations
 

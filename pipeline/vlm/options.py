@@ -123,6 +123,7 @@ class SlotsConfig(EngineConfig):
     kind: ClassVar[str] = "slots"
 
     reuse_images: bool = option(True, "encode an image once for all the rows that show it", speed=True)
+    reuse_prefixes: bool = option(True, "compute once what several prompts about one image begin with", speed=True)
     decode_attention: DecodeAttention = option(
         DecodeAttention.auto, "kernel of decode steps: auto (the faster, tried at start), matmul or sdpa", speed=True
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -22,7 +22,9 @@ from pipeline.tensors.processor import Processor, ProcessorSource
 from pipeline.vlm.answer import Ending
 from pipeline.vlm.generation import GenerationSettings, SamplingSettings
 from pipeline.vlm.load import LoadedModel
+from pipeline.vlm.options import SlotsConfig
 from pipeline.vlm.sampling import Sampler
+from pipeline.vlm.slots.engine import SlotsEngine
 from pipeline.vlm.static import StaticEngine
 
 # The eight rows: (width, height) of the image in pixels, how often the question is said, tokens of the answer.
@@ -53,6 +55,8 @@ class Measurement:
     pads_tokens: bool
     pads_images: bool
     error: float  # largest logit difference to batches of one, of the largest logit
+    slots: bool  # the slots engine serves all these rows itself
+    slots_error: float  # the same through engine=auto, be it in slots or in padded batches
     image_effect: float  # what another image changes, of the largest logit
     largest_batch: int
 
@@ -64,8 +68,8 @@ def measured(name: str) -> Measurement:
     given = [sample(name, row, num_images=2 if several and row % 3 == 2 else 1) for row in range(_NUM_ROWS)]
     if text_only:
         given += [sample(name, row, num_images=0, number=_NUM_ROWS + row) for row in range(_NUM_ROWS)]
-    engine = Observed(name)
-    error = engine.error(given)
+    engine, slots = Observed(name), Observed(name, engine="slots")
+    error, slots_error = engine.error(given), slots.error(given)
     one, other = (alone(name, sample(name, 0, seed=seed))[0] for seed in (0, 1))
     return Measurement(
         several_images=several,
@@ -75,6 +79,8 @@ def measured(name: str) -> Measurement:
         pads_tokens=engine.batcher.may_pad_tokens,
         pads_images=engine.batcher.may_pad_images,
         error=error,
+        slots=slots.serves(given),
+        slots_error=slots_error,
         image_effect=difference(one, other),
         largest_batch=engine.largest_batch,
     )
@@ -103,7 +109,22 @@ def sample(name: str, row: int, *, num_images: int = 1, seed: int = 0, number: i
         tensors, num_image_tokens = dict(encoded.tensors), encoded.num_image_tokens
     facts = PromptFacts(num_image_tokens=num_image_tokens)
     number = row if number is None else number
-    return EncodedSample(RecordKey(number, "default", 0), f"row {number}", tensors, facts, _CAPS[row])
+    image_key = f"{name} {row} {num_images} {seed}" if num_images else None
+    return EncodedSample(RecordKey(number, "default", 0), f"row {number}", tensors, facts, _CAPS[row], image_key)
+
+
+def questions(name: str, row: int, num_questions: int) -> list[EncodedSample]:
+    """Several prompts about one image that differ in some letters of the question, which is said several times."""
+    found = []
+    one = sample(name, row)
+    for number in range(num_questions):
+        tensors = {key: array.copy() for key, array in one.tensors.items()}
+        letters = tensors["input_ids"][0]
+        places = np.flatnonzero(letters == built(name).tokenizer("t").input_ids[-1])
+        letters[places[len(places) // 2 :]] += number  # from the middle of the question on
+        key = RecordKey(row, f"question {number}", 0)
+        found.append(replace(one, key=key, tensors=tensors))
+    return found
 
 
 def conversation(name: str, question: str, num_images: int) -> list[dict[str, Any]]:
@@ -142,28 +163,42 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 class Observed:
-    """The static engine over eight rows of an architecture, and the logits that its sampler was shown."""
+    """An engine over eight rows of an architecture, and the logits that its sampler was shown.
 
-    def __init__(self, name: str, max_rows: int = _NUM_ROWS) -> None:
+    Slots are five: fewer than rows, so that rows enter while others are in the middle of their answers.
+    """
+
+    def __init__(self, name: str, max_rows: int = _NUM_ROWS, engine: str = "static", **options: Any) -> None:
         self._name, found = name, built(name)
         self.batcher = Batcher(max_rows=max_rows, max_tokens=100_000, max_new_tokens=_NUM_STEPS, pad_id=PAD)
         sampling = SamplingSettings(do_sample=False)
         self._sampler = _Recorder(sampling, seed=7)
         is_encoder_decoder = bool(getattr(found.model.config, "is_encoder_decoder", False))
         loaded = LoadedModel(found.model, found.tokenizer, torch.device("cpu"), (), PAD, is_encoder_decoder)
-        self._engine = StaticEngine(
-            loaded,
-            self.batcher,
-            self._sampler,
-            Ending(found.tokenizer, eos_ids=(), stop=(), ignore_eos=True),
-            settings=GenerationSettings(sampling, {}, {}),
-            max_new_tokens=_NUM_STEPS,
-            stop=_Going(),
-        )
+        parts: dict[str, Any] = {
+            "loaded": loaded,
+            "batcher": self.batcher,
+            "sampler": self._sampler,
+            "ending": Ending(found.tokenizer, eos_ids=(), stop=(), ignore_eos=True),
+            "settings": GenerationSettings(sampling, {}, {}),
+            "max_new_tokens": _NUM_STEPS,
+            "stop": _Going(),
+        }
+        self._static = StaticEngine(**parts)
+        self.engine: StaticEngine | SlotsEngine = self._static
+        if engine == "slots" and not is_encoder_decoder:
+            config = SlotsConfig(max_batch_rows=5, **options)
+            self.engine = SlotsEngine(**parts, static=self._static, options=config)
+
+    def serves(self, given: Sequence[EncodedSample]) -> bool:
+        """Whether the slots answered all of these."""
+        if not isinstance(self.engine, SlotsEngine):
+            return False
+        return all(self.engine.fits.get(frozenset(row.tensors), False) for row in given)
 
     @property
     def own_loop(self) -> bool:
-        return self._engine._fit.own_loop
+        return self._static._fit.own_loop
 
     @property
     def largest_batch(self) -> int:
@@ -171,7 +206,7 @@ class Observed:
 
     def answers(self, given: Sequence[EncodedSample]) -> list[Answer]:
         """In the order in which they finish."""
-        return list(self._engine.answers(iter(given)))
+        return list(self.engine.answers(iter(given)))
 
     def error(self, given: Sequence[EncodedSample]) -> float:
         """The largest difference to each row alone, over all steps up to the first that chose another token."""
@@ -181,7 +216,7 @@ class Observed:
             assert answers[row.key].fault is None, answers[row.key].fault
             assert answers[row.key].num_generated_tokens == row.max_new_tokens
             for step, truth_V in enumerate(alone(self._name, row)[: row.max_new_tokens]):
-                found_V = self._sampler.seen[row.key.row_index, step]
+                found_V = self._sampler.seen[row.key, step]
                 worst = max(worst, difference(truth_V, found_V))
                 if found_V.argmax() != truth_V.argmax():  # a tie, or the difference above tells
                     break
@@ -193,7 +228,7 @@ class _Recorder(Sampler):
 
     def __init__(self, settings: SamplingSettings, seed: int) -> None:
         super().__init__(settings, seed)
-        self.seen: dict[tuple[int, int], torch.Tensor] = {}
+        self.seen: dict[tuple[RecordKey, int], torch.Tensor] = {}
         self.num_rows: list[int] = []
 
     def choose(
@@ -205,7 +240,7 @@ class _Recorder(Sampler):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.num_rows.append(len(samples))
         for logits_V, one, step in zip(logits_BV, samples, steps, strict=True):
-            self.seen.setdefault((one.key.row_index, step), logits_V.clone())
+            self.seen.setdefault((one.key, step), logits_V.clone())
         return super().choose(logits_BV, samples, steps, seen_BV)
 
 

@@ -42,7 +42,7 @@ def test_without_the_trial_padding_would_change_answers(
     name: str, allowed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Observed(name)
-    monkeypatch.setattr(engine._engine._fit, "_try", lambda group: None)
+    monkeypatch.setattr(engine._static._fit, "_try", lambda group: None)
     setattr(engine.batcher, allowed, allowed != "pads_right")
     num_images = 2 if measured(name).several_images else 1
     given = [sample(name, row, num_images=num_images if row % 3 == 2 else 1) for row in range(8)]

@@ -30,7 +30,7 @@ from pipeline.vlm.slots.loop import SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.projection import Projections
-from pipeline.vlm.slots.queue import Queue
+from pipeline.vlm.slots.queue import Queue, SharedPrefix, Waiting, has_windows, image_token_ids
 from pipeline.vlm.slots.trial import Trial
 from pipeline.vlm.static import StaticEngine
 
@@ -68,14 +68,28 @@ class SlotsEngine:
         self._features: ImageFeatures | None = None
         if options.reuse_images:
             self._features = ImageFeatures(loaded.model, batcher, self._inputs, max_bytes=_FEATURE_BYTES)
-        self._fits: dict[frozenset[str], bool] = {}  # by the names of a sample's tensors
+        self.fits: dict[frozenset[str], bool] = {}  # by the names of a sample's tensors
+        self._shares: bool | None = None  # not known yet
+        self._shared_prefix: SharedPrefix | None = None
+        if options.reuse_prefixes and not has_windows(loaded.model.config):
+            self._shared_prefix = SharedPrefix(image_token_ids(loaded.model.config))
         self._projections: Projections | None = None
         self._kernel = options.decode_attention.value
         self._max_slots = options.max_batch_rows
         self._max_prefill_tokens = self._full_prefill_tokens = 2048 if loaded.device.type == "cpu" else 16_384
         self._num_calm_answers = 0
-        self.counts = EngineCounts()
-        static.counts = self.counts
+        self._counts = EngineCounts()
+        self.counts = self._counts
+
+    @property
+    def counts(self) -> EngineCounts:
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: EngineCounts) -> None:
+        self._counts = self._static.counts = counts
+        if self._features is not None:
+            self._features.counts = counts
 
     @property
     def on_token(self) -> OnToken | None:
@@ -87,7 +101,7 @@ class SlotsEngine:
 
     @property
     def numerics(self) -> Mapping[str, str]:
-        if not any(self._fits.values()) and self._fits:
+        if not any(self.fits.values()) and self.fits:
             return self._static.numerics
         return {"engine": "slots"} | self._loaded.numerics
 
@@ -102,7 +116,7 @@ class SlotsEngine:
             Interrupted: the grace period ended while rows were being answered.
             RunFailed: the accelerator failed.
         """
-        queue = Queue(samples, self._batcher, num_window_rows=_WINDOW_SLOTS * self._options.max_batch_rows)
+        queue = self._queue(samples)
         loop, memory = self._new_loop()
         while True:
             if not self._stop.requested:
@@ -116,13 +130,13 @@ class SlotsEngine:
 
     def trace(self, samples: Sequence[EncodedSample]) -> list[Trace | None]:
         """Answer samples as a run would, keep every step's logits, count nothing; None for what fails."""
-        if not all(self._fit(group) for group in self._batcher.split(samples)):
+        if not all(self._fit([Waiting(sample) for sample in group]) for group in self._batcher.split(samples)):
             return self._static.trace(samples)
         counts, on_token = self.counts, self.on_token
         self.counts, self.on_token = EngineCounts(), None
         found: dict[int, Trace] = {}
         try:
-            queue = Queue(iter(samples), self._batcher, num_window_rows=len(samples))
+            queue = self._queue(iter(samples))
             loop, memory = self._new_loop()
             while True:
                 for _ in self._refill(queue, loop, memory, keep_logits=True):
@@ -137,6 +151,14 @@ class SlotsEngine:
         finally:
             self.counts, self.on_token = counts, on_token
         return [found.get(id(sample)) for sample in samples]
+
+    def _queue(self, samples: Iterator[EncodedSample]) -> Queue:
+        return Queue(
+            samples,
+            self._batcher,
+            num_window_rows=_WINDOW_SLOTS * self._options.max_batch_rows,
+            shared=self._shared_prefix,
+        )
 
     def _new_loop(self, choose: Any = None, features: ImageFeatures | None = None) -> tuple[SlotLoop, SlotMemory]:
         choose = self._choose if choose is None else choose
@@ -168,9 +190,11 @@ class SlotsEngine:
             if not group:
                 return
             if not self._fit(group):
-                yield from self._static.answers(iter(group))
+                yield from self._static.answers(one.sample for one in group)
                 continue
-            generations = [self._generation(sample, keep_logits=keep_logits) for sample in group]
+            if group[0].num_shared and not self._fit_shared(group):
+                group = [Waiting(one.sample) for one in group]
+            generations = [self._generation(one.sample, keep_logits=keep_logits) for one in group]
             slots: list[Slot] = []
             for generation in generations:
                 slot = memory.reserve(generation.sample.num_tokens + generation.max_new_tokens)
@@ -180,15 +204,21 @@ class SlotsEngine:
             queue.put_back(group[len(slots) :])
             if not slots:
                 return
-            yield from self._admit(generations[: len(slots)], slots, queue, loop, memory)
+            yield from self._admit(group[: len(slots)], generations[: len(slots)], slots, queue, loop, memory)
             num_free = self._max_slots - loop.num_live
 
     def _admit(
-        self, generations: list[Generation], slots: list[Slot], queue: Queue, loop: SlotLoop, memory: SlotMemory
+        self,
+        group: list[Waiting],
+        generations: list[Generation],
+        slots: list[Slot],
+        queue: Queue,
+        loop: SlotLoop,
+        memory: SlotMemory,
     ) -> Iterator[Answer]:
         """Prefill; what fails is halved until the culprit stands alone, and its answer is the fault."""
         try:
-            loop.admit(generations, slots)
+            loop.admit(group, generations, slots)
             return
         except (Interrupted, RunFailed):
             raise
@@ -200,24 +230,23 @@ class SlotsEngine:
             self.counts.num_out_of_memory += 1
             self._num_calm_answers = 0
             release_memory(self._loaded.device)
-        samples = [generation.sample for generation in generations]
-        if len(samples) > 1:
+        if len(group) > 1:
             if out_of_memory:
-                width = max(sample.num_tokens for sample in samples)
-                self._max_prefill_tokens = max(1, width * len(samples) // 2)
+                width = max(one.sample.num_tokens for one in group)
+                self._max_prefill_tokens = max(1, width * len(group) // 2)
                 log.warning("out of memory; prompts of %d tokens are read at a time", self._max_prefill_tokens)
-                queue.put_back(samples)
+                queue.put_back(group)
                 return
             self.counts.num_failed_batches += 1
-            half = len(generations) // 2
-            for part in (generations[:half], generations[half:]):
-                fresh = [self._generation(one.sample, keep_logits=one.logits_SV is not None) for one in part]
+            half = len(group) // 2
+            for part in (group[:half], group[half:]):
+                fresh = [self._generation(one.sample, keep_logits=generations[0].logits_SV is not None) for one in part]
                 again = [memory.reserve(one.sample.num_tokens + one.max_new_tokens) for one in fresh]
-                yield from self._admit(fresh, [slot for slot in again if slot is not None], queue, loop, memory)
+                yield from self._admit(part, fresh, [slot for slot in again if slot is not None], queue, loop, memory)
             return
         if out_of_memory and loop.num_live:
             self._evict_half(queue, loop)
-            queue.put_back(samples)
+            queue.put_back(group)
             return
         yield self._ending.answer(replace(generations[0], fault=Fault(Stage.GENERATE, *found)))
 
@@ -244,7 +273,7 @@ class SlotsEngine:
         num_live = loop.num_live
         self._max_slots = max(1, num_live // 2)
         self._num_calm_answers = 0
-        queue.put_back(loop.evict(num_live - self._max_slots))
+        queue.put_back(Waiting(sample) for sample in loop.evict(num_live - self._max_slots))
         log.warning("out of memory with %d rows; %d rows at a time from here on", num_live, self._max_slots)
 
     def _judged(self, problem: Exception) -> tuple[tuple[str, str], bool]:
@@ -278,14 +307,31 @@ class SlotsEngine:
 
     # The trial ---------------------------------------------------------------------------------------------------
 
-    def _fit(self, group: Sequence[EncodedSample]) -> bool:
+    def _fit(self, group: Sequence[Waiting]) -> bool:
         """Whether the slots serve rows like these; tried once for each set of tensors."""
-        names = frozenset(group[0].tensors)
-        if names not in self._fits:
-            self._fits[names] = self._try(group)
-        return self._fits[names]
+        names = frozenset(group[0].sample.tensors)
+        if names not in self.fits:
+            self.fits[names] = self._try(group)
+        return self.fits[names]
 
-    def _try(self, group: Sequence[EncodedSample]) -> bool:
+    def _fit_shared(self, group: Sequence[Waiting]) -> bool:
+        """Whether the model's prompts may go on from a prefix; tried once."""
+        if self._shares is None:
+            try:
+                trial = Trial(self._model, self._batcher, self._inputs, self._transformers_settings, group[:2])
+                error = self._error(trial)
+                self._shares = error <= trial.bound
+                log.info("slots: prompts that begin alike: logits agree to %.0e of the largest", error)
+            except Exception as problem:  # whatever a model finds to say about our way of calling it
+                self._judged(problem)
+                self._shares = False
+                log.info("slots: prompts that begin alike: %s: %s", *described(problem))
+            if not self._shares:
+                log.info("slots: each prompt is computed from its beginning")
+        return self._shares
+
+    def _try(self, group: Sequence[Waiting]) -> bool:
+        group = [Waiting(one.sample) for one in group]
         try:
             trial = Trial(self._model, self._batcher, self._inputs, self._transformers_settings, group)
         except Exception as problem:  # a row may bring any model down: the static engine isolates it
@@ -319,7 +365,7 @@ class SlotsEngine:
     def _speed_up(self) -> None:
         """Once, after the model as it is has told the truth: its products faster, and the faster attention."""
         options = self._options
-        if self._projections is None and not self._fits and (options.fused_projections or options.packed_weights):
+        if self._projections is None and not self.fits and (options.fused_projections or options.packed_weights):
             self._projections = Projections(
                 self._model,
                 fuse=options.fused_projections,

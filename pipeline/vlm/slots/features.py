@@ -8,6 +8,7 @@ model can be served so is not known from its name: the trial at the start compar
 from __future__ import annotations
 
 import inspect
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeline.records import EncodedSample
-from pipeline.vlm.base import Batcher
+from pipeline.vlm.base import Batcher, EngineCounts
 from pipeline.vlm.inputs import ModelInputs
 
 _GROUP_BYTES = 256 << 20  # of pixels that go through the vision tower at once
@@ -24,7 +25,7 @@ _GROUP_ROWS = 16
 
 
 class ImageFeatures:
-    """What the vision tower made of each image, as long as there is room. One for each loop.
+    """What the vision tower made of each image, as long as there is room. Held by an engine, whose `counts` it keeps.
 
     Args:
         max_bytes: of features that are kept for images to come again.
@@ -37,7 +38,7 @@ class ImageFeatures:
         self._names = set(inspect.signature(self._original).parameters) if self._original else set()
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._kept_bytes = 0
-        self.num_encoded = self.num_reused = 0
+        self.counts = EngineCounts()
 
     def fits(self, sample: EncodedSample) -> bool:
         """Whether a sample has images that the model encodes by this one function."""
@@ -47,7 +48,6 @@ class ImageFeatures:
     def serving(self, samples: Sequence[EncodedSample]) -> Iterator[None]:
         """While it lasts the model gets the features of these samples, in their order."""
         parts = self.encoded(samples)
-        self.num_reused += len(samples) - len({_key(sample) for sample in samples})
         original = self._original
 
         def served(*args: Any, **kwargs: Any) -> Any:
@@ -68,16 +68,17 @@ class ImageFeatures:
             key = _key(sample)
             if key in self._kept:
                 self._kept.move_to_end(key)
-                self.num_reused += key not in found
                 found[key] = self._kept[key]
             else:
                 new[key] = sample
+        began = time.perf_counter()
         for group in self._groups(list(new.items())):
             parts = self._encode([sample for _, sample in group])
             for (key, sample), part in zip(group, parts, strict=True):
                 found[key] = part
                 if sample.image_key is not None:
                     self._keep(key, part)
+        self.counts.vision_seconds += time.perf_counter() - began
         return [found[_key(sample)] for sample in samples]
 
     def _groups(self, new: Sequence[tuple[str, EncodedSample]]) -> Iterator[list[tuple[str, EncodedSample]]]:
@@ -96,7 +97,7 @@ class ImageFeatures:
     def _encode(self, samples: Sequence[EncodedSample]) -> list[Any]:
         """The features of samples whose images have equal shapes, apart for each."""
         assert self._original is not None
-        self.num_encoded += len(samples)
+        self.counts.num_images_encoded += len(samples)
         batch = self._inputs(self._batcher.collate(samples))
         output = self._original(**{name: batch[name] for name in self._taken(samples[0])}, return_dict=True)
         if len(samples) == 1:

@@ -8,6 +8,7 @@ Shapes: B live rows, V tokens of the vocabulary.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.slots.attention import NAME
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
+from pipeline.vlm.slots.queue import Waiting
 
 
 @dataclass(slots=True)
@@ -53,40 +55,43 @@ class SlotLoop:
         """Those in slots."""
         return list(self._rows.generations) if self._rows else []
 
-    def admit(self, generations: Sequence[Generation], slots: Sequence[Slot]) -> None:
+    def admit(self, waiting: Sequence[Waiting], generations: Sequence[Generation], slots: Sequence[Slot]) -> None:
         """Prefill prompts and put them into slots with their first token.
 
         Raises:
             whatever the model raises; no row is in its slot then.
         """
-        found = self._prefill([generation.sample for generation in generations])
-        device = found.logits_BV.device
+        began, vision_seconds = time.perf_counter(), self._counts.vision_seconds
+        num_computed = self._prefill.num_computed_tokens
+        whole, of_sample = self._prefill(waiting)
         if self._decoder is None:
-            self._decoder = Decoder(found.decoder)
-        for row, slot in enumerate(slots):
-            slot.num_tokens = 0
-            self._memory.insert(slot, found.layers, row, found.first_B[row])
-        seen_BV = found.seen_BV
-        token_B = self._choose(generations, found.logits_BV, seen_BV)
+            self._decoder = Decoder(whole.decoder)
+        for row, slot in zip(of_sample, slots, strict=True):
+            self._memory.insert(slot, whole.layers, row, whole.spans[row])
+        found = whole.of(of_sample)
+        token_B = self._choose(generations, found.logits_BV, found.seen_BV)
         self._counts.num_batches += 1
-        self._counts.num_prompt_tokens += sum(generation.sample.num_tokens for generation in generations)
-        self._counts.num_padded_prompt_tokens += found.layers[0].keys.shape[2] * len(generations)
+        self._counts.num_prompt_tokens += sum(one.sample.num_tokens for one in waiting)
+        self._counts.num_padded_prompt_tokens += self._prefill.num_computed_tokens - num_computed
         new = LiveRows(
             list(generations),
             list(slots),
             token_B,
             found.position + 1,
-            torch.tensor([slot.num_tokens for slot in slots], device=device),
-            seen_BV,
+            torch.tensor([slot.num_tokens for slot in slots], device=token_B.device),
+            found.seen_BV,
         )
         self._rows = new if self._rows is None else _joined(self._rows, new)
         self._arrange()
+        in_vision = self._counts.vision_seconds - vision_seconds
+        self._counts.prefill_seconds += time.perf_counter() - began - in_vision
 
     @torch.inference_mode()
     def step(self) -> None:
         """One token more for each live row."""
         rows = self._rows
         assert rows is not None and self._decoder is not None
+        began = time.perf_counter()
         self._memory.begin_step(rows.slots)
         logits_BV = self._decoder(rows.token_B, rows.position, self._memory.cache)
         for slot in rows.slots:
@@ -96,6 +101,7 @@ class SlotLoop:
         self._counts.num_decode_steps += 1
         self._counts.num_decode_rows += len(rows.slots)
         rows.token_B = self._choose(rows.generations, logits_BV, rows.seen_BV)
+        self._counts.decode_seconds += time.perf_counter() - began
 
     def finished(self) -> list[Generation]:
         """The rows that have ended since; their slots are free."""

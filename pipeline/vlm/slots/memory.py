@@ -139,28 +139,18 @@ class SlotMemory:
         """The row is done; its cells may be written anew."""
         bisect.insort(slot.pool.free, slot.index)
 
-    def insert(self, slot: Slot, layers: Sequence[Any], row: int, first: int, last: int | None = None) -> None:
-        """A row's keys and values [B, H, T, D], tokens `first` up to `last`, behind what the slot holds already."""
+    def insert(self, slot: Slot, layers: Sequence[Any], row: int, spans: Sequence[tuple[int, int]]) -> None:
+        """A row's keys and values of [B, H, T, D] into an empty slot; spans: which of its tokens, in order."""
         slot.pool.allocate(layers)
         if self.cache is None:
             self.cache = Cache(layers=[SlotLayer(self, number) for number in range(len(layers))])
-        start = slot.num_tokens
-        slot.num_tokens += (layers[0].keys.shape[2] if last is None else last) - first
-        for number, layer in enumerate(layers):
-            slot.pool.keys_NHSD[number][slot.index, :, start : slot.num_tokens] = layer.keys[row, :, first:last]
-            slot.pool.values_NHSD[number][slot.index, :, start : slot.num_tokens] = layer.values[row, :, first:last]
-
-    def copy(self, source: Slot, target: Slot) -> None:
-        """What one slot holds, into another."""
-        stored = zip(source.pool.keys_NHSD, source.pool.values_NHSD, strict=True)
-        target.pool.allocate([_Layer(keys_NHSD, values_NHSD) for keys_NHSD, values_NHSD in stored])
-        target.num_tokens = num_tokens = source.num_tokens
-        for ours, theirs in (
-            (target.pool.keys_NHSD, source.pool.keys_NHSD),
-            (target.pool.values_NHSD, source.pool.values_NHSD),
-        ):
-            for into_NHSD, from_NHSD in zip(ours, theirs, strict=True):
-                into_NHSD[target.index, :, :num_tokens] = from_NHSD[source.index, :, :num_tokens]
+        slot.num_tokens = 0
+        for first, last in spans:
+            start, stop = slot.num_tokens, slot.num_tokens + last - first
+            for number, layer in enumerate(layers):
+                slot.pool.keys_NHSD[number][slot.index, :, start:stop] = layer.keys[row, :, first:last]
+                slot.pool.values_NHSD[number][slot.index, :, start:stop] = layer.values[row, :, first:last]
+            slot.num_tokens = stop
 
     def arrange(self, slots: Sequence[Slot], length_B: torch.Tensor) -> None:
         """Say which rows the next steps are of. The slots come ordered by pool, then by index.
@@ -204,12 +194,6 @@ class SlotMemory:
             if pool is not wanting and not pool.num_live:
                 del self._pools[capacity]
         return self.num_cells + num_cells <= self.max_cells
-
-
-@dataclass(slots=True)
-class _Layer:
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -7,8 +7,12 @@ them their shards.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
+
+import numpy as np
 
 from pipeline.records import EncodedSample
 from pipeline.vlm.base import Batcher
@@ -16,44 +20,72 @@ from pipeline.vlm.base import Batcher
 _WINDOW_BYTES = 1 << 29
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """A sample, and how many tokens its prompt begins with that others about the same image begin with, too."""
+
+    sample: EncodedSample
+    num_shared: int = 0
+
+    @property
+    def num_own_tokens(self) -> int:
+        return self.sample.num_tokens - self.num_shared
+
+
 class Queue:
     """Held by a loop.
 
     Args:
         num_window_rows: samples that are sorted together.
+        shared: of prompts about one image, how many tokens they begin with that may be computed once.
     """
 
-    def __init__(self, samples: Iterator[EncodedSample], batcher: Batcher, *, num_window_rows: int) -> None:
+    def __init__(
+        self,
+        samples: Iterator[EncodedSample],
+        batcher: Batcher,
+        *,
+        num_window_rows: int,
+        shared: SharedPrefix | None = None,
+    ) -> None:
         self._samples, self._batcher, self._num_window_rows = samples, batcher, num_window_rows
-        self._window: deque[EncodedSample] = deque()
+        self._shared = shared
+        self._window: deque[Waiting] = deque()
         self._ended = False
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing can be taken without waiting for it."""
-        return not self._window and (self._ended or not self._ready)
+        return not self._window and not self._ready
 
     @property
     def ended(self) -> bool:
         """Whether nothing will come any more."""
         return self._ended and not self._window
 
-    def put_back(self, samples: Iterable[EncodedSample]) -> None:
+    def put_back(self, waiting: Iterable[Waiting]) -> None:
         """What was taken and could not be begun, in its order."""
-        self._window.extendleft(reversed(list(samples)))
+        self._window.extendleft(reversed(list(waiting)))
 
-    def take(self, num_rows: int, num_tokens: int, *, wait: bool) -> list[EncodedSample]:
+    def take(self, num_rows: int, num_tokens: int, *, wait: bool) -> list[Waiting]:
         """Up to so many samples that may be padded together to so many prompt tokens; always one where there is any.
 
         wait: whether to wait for the first one where none is ready.
         """
         if not self._window:
             self._fill(wait=wait)
-        taken: list[EncodedSample] = []
+        taken: list[Waiting] = []
+        width = num_prefix_tokens = 0
         while self._window and len(taken) < num_rows:
-            sample = self._window[0]
-            width = max(sample.num_tokens, *(one.num_tokens for one in taken)) if taken else sample.num_tokens
-            if taken and (width * (len(taken) + 1) > num_tokens or not self._batcher.fits(taken[0], sample)):
+            one = self._window[0]
+            width = max(width, one.num_own_tokens)
+            begins = one.num_shared and not (taken and taken[-1].sample.image_key == one.sample.image_key)
+            num_prefix_tokens += one.num_shared if begins else 0
+            if taken and (
+                width * (len(taken) + 1) + num_prefix_tokens > num_tokens
+                or bool(one.num_shared) != bool(taken[0].num_shared)
+                or not self._batcher.fits(taken[0].sample, one.sample)
+            ):
                 break
             taken.append(self._window.popleft())
         return taken
@@ -70,8 +102,65 @@ class Queue:
                 break
             found.append(sample)
             size_bytes += sum(array.nbytes for array in sample.tensors.values())
-        self._window.extend(self._batcher.sorted(found))
+        families: dict[object, list[EncodedSample]] = {}
+        for sample in self._batcher.sorted(found):  # a family stands where its longest prompt does
+            families.setdefault(sample.image_key or id(sample), []).append(sample)
+        for family in families.values():
+            num_shared = self._shared(family) if self._shared else 0
+            self._window.extend(Waiting(sample, num_shared) for sample in family)
 
     @property
     def _ready(self) -> bool:
         return not self._ended and bool(getattr(self._samples, "ready", True))
+
+
+class SharedPrefix:
+    """What prompts about one image begin with: the image and the text around it, as long as they are alike.
+
+    It ends on a token of text: right after an image some models count positions otherwise (M-RoPE); and all images lie
+    in it. A model with sliding windows is left out, as padding between prefix and rest would shift its windows.
+
+    Args:
+        image_token_ids: the tokens that stand for images in a prompt.
+    """
+
+    def __init__(self, image_token_ids: frozenset[int]) -> None:
+        self._image_token_ids = np.array(sorted(image_token_ids), dtype=np.int64)
+
+    def __call__(self, family: Sequence[EncodedSample]) -> int:
+        """0 where sharing would save little."""
+        if len(family) < 2 or family[0].image_key is None or len(self._image_token_ids) == 0:
+            return 0
+        prompts = [sample.tensors["input_ids"][0] for sample in family]
+        first = prompts[0]
+        alike = min(len(prompt) for prompt in prompts) - 1  # the last token's logits are each prompt's own
+        for prompt in prompts[1:]:
+            differs = np.flatnonzero(first[:alike] != prompt[:alike])
+            alike = int(differs[0]) if len(differs) else alike
+        if alike == min(map(len, prompts)) - 1 and len({prompt.tobytes() for prompt in prompts}) == 1:
+            return 0  # one prompt, asked several times: computed once as it is
+        is_image = np.isin(first, self._image_token_ids)
+        while alike and is_image[alike - 1]:
+            alike -= 1
+        if any(np.isin(prompt[alike:], self._image_token_ids).any() for prompt in prompts):
+            return 0
+        return alike if alike >= max(_LEAST_SHARED, len(first) // 4) else 0
+
+
+_LEAST_SHARED = 16
+
+
+def image_token_ids(config: object) -> frozenset[int]:
+    """The tokens that stand for images, by the names that configurations give them."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = (getattr(config, name, None) for name in names)
+    return frozenset(number for number in found if isinstance(number, int))
+
+
+def has_windows(config: Any) -> bool:
+    """Whether layers of the language model look at the last tokens alone."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True)

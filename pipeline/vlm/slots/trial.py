@@ -22,6 +22,7 @@ from pipeline.vlm.inputs import ModelInputs
 from pipeline.vlm.script import Script
 from pipeline.vlm.search import OwnLoop
 from pipeline.vlm.slots.loop import SlotLoop
+from pipeline.vlm.slots.queue import Waiting
 
 # Of the largest logit. Float32 rounding came to 2e-6 over the architectures of docs/models.md, bfloat16's to 2e-2.
 BOUND_FLOAT32, BOUND_HALF = 1e-5, 5e-2
@@ -32,20 +33,20 @@ class Trial:
     """The truth about some rows, to be compared with any way of computing them."""
 
     def __init__(
-        self, model: Any, batcher: Batcher, inputs: ModelInputs, settings: Any, samples: Sequence[EncodedSample]
+        self, model: Any, batcher: Batcher, inputs: ModelInputs, settings: Any, waiting: Sequence[Waiting]
     ) -> None:
         self.bound = BOUND_FLOAT32 if model.dtype == torch.float32 else BOUND_HALF
-        by_length = sorted(samples, key=lambda sample: sample.num_tokens)
+        by_length = sorted(waiting, key=lambda one: one.sample.num_tokens)
         places = {0: None, len(by_length) - 1: None, len(by_length) // 2: None}
-        self._samples = [by_length[place] for place in places]
+        self._waiting = [by_length[place] for place in places]
         settings = copy.copy(settings)
         settings.max_new_tokens = _NUM_STEPS
         self._truth: list[Script] = []
-        for sample in self._samples:
+        for one in self._waiting:
             script = Script(None, settings.eos_token_id or [])
             with torch.inference_mode():
-                loop = OwnLoop([Generation(sample, _NUM_STEPS)], script.choose, needs_history=False)
-                loop.run(model, inputs(batcher.collate([sample])), settings)
+                loop = OwnLoop([Generation(one.sample, _NUM_STEPS)], script.choose, needs_history=False)
+                loop.run(model, inputs(batcher.collate([one.sample])), settings)
             self._truth.append(script)
 
     def error(self, build: Callable[[Any], SlotLoop], reserve: Callable[[EncodedSample], Any]) -> float:
@@ -58,16 +59,17 @@ class Trial:
         """
         told = _Told()
         loop = build(told)
-        turns = [*range(len(self._samples)), 0]
-        generations = [Generation(self._samples[turn], _NUM_STEPS) for turn in turns]
+        turns = [*range(len(self._waiting)), 0]
+        waiting = [self._waiting[turn] for turn in turns]
+        generations = [Generation(one.sample, _NUM_STEPS) for one in waiting]
         for generation, turn in zip(generations, turns, strict=True):
             told.tokens[id(generation)] = self._truth[turn].tokens
-        early = generations[: max(1, len(generations) // 2)]
-        late = generations[len(early) :]
-        loop.admit(early, [reserve(generation.sample) for generation in early])
+        slots = [reserve(one.sample) for one in waiting]
+        half = max(1, len(waiting) // 2)
+        loop.admit(waiting[:half], generations[:half], slots[:half])
         loop.step()
         loop.step()
-        loop.admit(late, [reserve(generation.sample) for generation in late])
+        loop.admit(waiting[half:], generations[half:], slots[half:])
         while loop.num_live:
             loop.step()
             loop.finished()
