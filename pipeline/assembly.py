@@ -47,7 +47,7 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
     from pipeline.vlm.load import check_model
 
     if isinstance(config.engine, VllmConfig):
-        from pipeline.vlm.vllm_engine import check_vllm
+        from pipeline.vlm.vllm_load import check_vllm
 
         check_vllm(config.engine, config.vlm, effective_settings(config.generation, identity.generation_config))
     check_model(config.vlm, identity)
@@ -113,7 +113,7 @@ def default_num_workers() -> int:
 def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: StopSignal) -> Engine:
     """Load the model and put an engine around it. torch is imported here, and in the worker processes."""
     if isinstance(config.engine, VllmConfig):
-        from pipeline.vlm.vllm_engine import load_vllm_engine
+        from pipeline.vlm.vllm_load import load_vllm_engine
 
         return load_vllm_engine(config.vlm, config.engine, config.generation, identity, seed=config.seed, stop=stop)
     from pipeline.vlm.answer import Ending

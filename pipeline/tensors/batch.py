@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,15 @@ class Batcher:
         """Whether two samples may share a batch."""
         self._learn([first, other])
         return self._fits(first, other)
+
+    def cut(self, sample: EncodedSample, num_tokens: int) -> EncodedSample:
+        """A sample with the first tokens of its prompt alone; its images stay."""
+        self._learn([sample])
+        tensors = {
+            name: array[:, :num_tokens] if self._along_tokens(sample, name) else array
+            for name, array in sample.tensors.items()
+        }
+        return replace(sample, tensors=tensors)
 
     def pads_images(self, group: Sequence[EncodedSample]) -> bool:
         """Whether images of a group are padded, or whatever else does not run along the tokens."""

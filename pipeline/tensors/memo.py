@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.tensors.recipe import Recipe
 
 Pixels = np.ndarray[Any, Any]
-# (images nested as they were given, arguments by name) -> what stands for the image processor's result, or None.
+# What stands for the image processor's result, and how that is made; None where the image processor has to be called.
 Substitute = Callable[["ImageCall"], "tuple[Mapping[str, Any], Recipe] | None"]
 
 
@@ -92,8 +92,8 @@ class ImageCall:
 class ImageMemo:
     """Remembers an image processor's last call.
 
-    `last` is that call, None where there was none, or none that can be remembered; `forget()` before a prompt tells
-    whether its processor asked for images at all. `substitute` may answer in the image processor's place.
+    `last` is that call, None where there was none, or none that can be remembered; `used` is set by every call, so that
+    a caller who cleared it knows whether there was one. `substitute` may answer in the image processor's place.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -104,6 +104,10 @@ class ImageMemo:
         self.image_processor = getattr(processor, "image_processor", None)
         if callable(self.image_processor):
             self._watch(self.image_processor)
+
+    def forget(self) -> None:
+        """Let go of the last call."""
+        self.last = None
 
     def _watch(self, image_processor: Any) -> None:
         own = getattr(type(image_processor), "_watched_class", type(image_processor))

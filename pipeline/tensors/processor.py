@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RowFault, RunFailed, VlmBatchError
 from pipeline.records import CompactImages, Stage
@@ -15,21 +14,12 @@ from pipeline.tensors.chat import ROW_ERRORS, PlainForm, PromptForm, Turn
 from pipeline.tensors.load import load_processor, missing_package
 from pipeline.tensors.memo import ImageCall, ImageMemo, digest_of
 from pipeline.tensors.probe import Sketch, TemplateFit, fitting_form, image_placeholder, image_tokens, question
+from pipeline.tensors.shipping import CompactShipping, Shipping
 from pipeline.tensors.tokens import closing_id, image_token_ids, special_pattern
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-
-    from pipeline.tensors.recipe import Recipe
-    from pipeline.tensors.recording import Recorder
-
-log = logging.getLogger(__name__)
-
-
-# How images travel to the engine: as the processor's tensors, or compact, as 8-bit pixels that were resized by Pillow,
-# or that are yet to be resized where the tensors are made.
-Shipping = Literal["processed", "resized", "decoded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +36,7 @@ class ProcessorSource:
     own_text: str = ""  # what the user wrote into templates, where an image token would be a mistake
     max_tokens: int | None = None  # the model's context, in tokens
     num_reserved_tokens: int = 1  # of the context, for the answer
-    shipping: Shipping = "processed"
+    shipping: Shipping = "processed"  # how images travel to the engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +60,13 @@ class Processor:
 
     def __init__(self, source: ProcessorSource) -> None:
         self._processor = load_processor(source.folder, source.options, trust_remote_code=source.trust_remote_code)
-        self._source = source
+        self.source = source
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._image_token_ids = image_token_ids(self._processor, self._tokenizer)
         self._special = special_pattern(self._processor, self._tokenizer)
         self._closing_id = closing_id(self._tokenizer)
         self._memo = ImageMemo(self._processor)
-        self._recorder: Recorder | None = None  # started once the prompt's form is known
+        self._compact: CompactShipping | None = None
         self._fit: TemplateFit | None = None
         self._several_images: bool | None = None  # whether a prompt may have them; not known yet
         try:
@@ -92,13 +82,20 @@ class Processor:
                 f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
             ) from problem
 
-        if source.shipping != "processed":
-            self._record()
+        self.ship(source.shipping)
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that made the prompt's tokens."""
         return self._tokenizer
+
+    def ship(self, shipping: Shipping, *, at_once: bool = False) -> tuple[str, ...]:
+        """From now on images travel this way; why some of them did not travel compact before."""
+        refusals = self._compact.refusals() if self._compact else ()
+        self._memo.forget()
+        self._memo.substitute = None
+        self._compact = None if shipping == "processed" else CompactShipping(self._memo, shipping, at_once=at_once)
+        return refusals
 
     def encode(self, messages: Sequence[Turn], images: Sequence[Image.Image]) -> Encoded:
         """Tokens and image tensors of one conversation; the n-th image part is `images[n]`.
@@ -112,8 +109,7 @@ class Processor:
             text = self.text(messages, warnings)
             batch = self._call(text, images)
             call = self._memo.last if self._memo.used else None
-            if call and call.recipe and not _handed_on(call, batch):
-                self._stop_recording("the processor goes on working on what its image processor made")
+            if call and self._compact and not self._compact.fits(call, batch):
                 batch = self._call(text, images)
                 call = self._memo.last
         except ROW_ERRORS as problem:
@@ -187,7 +183,7 @@ class Processor:
         return dict(turn) | {"content": content}
 
     def _chat_form(self) -> PromptForm:
-        source = self._source
+        source = self.source
         template, name = source.chat_template, "the template in prompt.chat_template"
         if template is None:
             template = _chat_template(self._processor, self._tokenizer, source.folder)
@@ -235,35 +231,6 @@ class Processor:
             return tensors
         return {name: array[:, :-1] if array.shape[:2] == (1, num_tokens) else array for name, array in tensors.items()}
 
-    def _record(self, *, at_once: bool = False) -> None:
-        """From now on images travel compact where a recipe for them is found."""
-        from pipeline.tensors.recording import Recorder
-
-        if self._memo.run is None:
-            log.info("images are shipped as the processor makes them: it has no image processor of its own")
-            return
-        self._recorder = Recorder(self._memo.image_processor, self._memo.run, at_once=at_once)
-        self._memo.substitute = self._stand_in
-        self._memo.last = None
-
-    def _stop_recording(self, reason: str) -> None:
-        log.info("images are shipped as the processor makes them: %s", reason)
-        self._memo.substitute = self._recorder = self._memo.last = None
-
-    def _stand_in(self, call: ImageCall) -> tuple[Any, Recipe] | None:
-        """What stands for the image processor's result, and how the result is made; None where it has to be had."""
-        found = self._recorder.recipe(call) if self._recorder else None
-        if found is None:
-            return None
-        recipe, result = found
-        # A large picture that becomes a small one would travel as more bytes than before.
-        resized = self._source.shipping == "resized" or recipe.given_bytes > recipe.tensor_bytes
-        recipe, pixels = recipe.shipped(call.images, resized=resized)
-        if recipe.given_bytes > recipe.tensor_bytes:
-            return None
-        call.compact = CompactImages(pixels, recipe, recipe.shapes)
-        return result, recipe
-
     def _call(self, text: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
         arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
         bos = getattr(self._tokenizer, "bos_token", None)
@@ -293,20 +260,14 @@ class Processor:
         return self._several_images
 
     def _check_length(self, num_tokens: int) -> None:
-        limit = self._source.max_tokens
-        if limit is not None and num_tokens + self._source.num_reserved_tokens > limit:
+        limit = self.source.max_tokens
+        if limit is not None and num_tokens + self.source.num_reserved_tokens > limit:
             raise RowFault(
                 Stage.ENCODE,
                 "PromptTooLong",
                 f"the prompt has {num_tokens} tokens; the model takes {limit}, of which the answer needs at least "
-                f"{self._source.num_reserved_tokens}.",
+                f"{self.source.num_reserved_tokens}.",
             )
-
-
-def _handed_on(call: ImageCall, batch: Mapping[str, Any]) -> bool:
-    """Whether a prompt's tensors are what the image processor gave, or copies of it."""
-    assert call.recipe is not None
-    return all(name in batch and call.made(name, batch[name]) is not None for name in call.recipe.layouts)
 
 
 def _image_key(tensors: Mapping[str, np.ndarray[Any, Any]], made: Collection[str], call: ImageCall | None) -> str:

@@ -24,7 +24,7 @@ Pixels = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Pixels [3, height, width] in the flat buffer: an image, or what a resize made."""
+    """Pixels [height, width, 3] in the flat buffer: an image, or what a resize made."""
 
     offset: int
     height: int
@@ -32,11 +32,11 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (NUM_CHANNELS, self.height, self.width)
+        return (self.height, self.width, NUM_CHANNELS)
 
     @property
     def num_elements(self) -> int:
-        return NUM_CHANNELS * self.height * self.width
+        return self.height * self.width * NUM_CHANNELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Recipe:
         for step in self.steps:
             if not isinstance(step.input, int):
                 buffer = self.buffer([torch.from_numpy(np.array(image)) for image in images], method=None)
-                return recipe, tuple(_image_array(self.planes(buffer, number)) for number in recipe.given)
+                return recipe, tuple(self.image(buffer, number).numpy() for number in recipe.given)
             made[step.target] = _by_pillow(made[step.input], step.resize)
         return recipe, tuple(np.asarray(made[number]) for number in recipe.given)
 
@@ -111,11 +111,13 @@ class Recipe:
         """
         device = pixels[0].device
         buffer = self.buffer(pixels, method)
-        levels = torch.from_numpy(self.levels).to(device, dtype)
+        # One table for all channels: the n-th begins at 256 n.
+        levels = torch.from_numpy(self.levels).to(device, dtype).flatten()
+        channels = torch.arange(0, levels.numel(), 256, dtype=torch.int32, device=device)
         values = torch.empty(self.num_elements, dtype=dtype, device=device)
         for number in self.shown:
-            for level, plane, out in zip(levels, self.planes(buffer, number), self.planes(values, number), strict=True):
-                out.copy_(level[plane.int()])
+            places = (self.image(buffer, number) + channels).flatten()
+            torch.index_select(levels, 0, places, out=self.image(values, number).view(-1))
         return {
             name: layout.filled(
                 torch.empty(
@@ -132,31 +134,26 @@ class Recipe:
         """Flat uint8 buffer with all sources in it. method: None = Pillow resizes (on a CPU)."""
         buffer = torch.empty(self.num_elements, dtype=torch.uint8, device=pixels[0].device)
         for number, image_HWC in zip(self.given, pixels, strict=True):
-            self.planes(buffer, number).copy_(image_HWC.permute(2, 0, 1))
+            self.image(buffer, number).copy_(image_HWC)
         for step in self.steps:
             if isinstance(step.input, int):
-                image_CHW = self.planes(buffer, step.input)
+                image_HWC = self.image(buffer, step.input)
             else:
-                image_CHW = step.input.filled(
+                image_HWC = step.input.filled(
                     torch.empty(step.input.shape, dtype=torch.uint8, device=buffer.device), buffer
                 )
-            if method is None:
-                made = _by_pillow(Image.fromarray(_image_array(image_CHW)), step.resize)
-                resized_CHW = torch.from_numpy(np.array(made)).permute(2, 0, 1)
-            else:
-                resized_CHW = step.resize(image_CHW, method)
-            self.planes(buffer, step.target).copy_(resized_CHW)
+            self.image(buffer, step.target).copy_(
+                torch.from_numpy(np.array(_by_pillow(Image.fromarray(image_HWC.numpy()), step.resize)))
+                if method is None
+                else step.resize(image_HWC.permute(2, 0, 1), method).permute(1, 2, 0)
+            )
         return buffer
 
-    def planes(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
-        """A source [3, height, width] as a view of a flat buffer."""
+    def image(self, buffer: torch.Tensor, number: int) -> torch.Tensor:
+        """A source [height, width, 3] as a view of a flat buffer."""
         source = self.sources[number]
         return buffer[source.offset : source.offset + source.num_elements].view(source.shape)
 
 
 def _by_pillow(image: Image.Image, resize: Resize) -> Image.Image:
     return image.resize((resize.width, resize.height), Image.Resampling(resize.filter))
-
-
-def _image_array(image_CHW: torch.Tensor) -> Pixels:
-    return image_CHW.permute(1, 2, 0).contiguous().numpy()

@@ -34,16 +34,17 @@ log = logging.getLogger(__name__)
 
 Bytes = np.ndarray[Any, Any]
 Numbers = np.ndarray[Any, Any]
-# (number of the source, its height and width) -> picture [3, height, width] uint8. Images are numbered -1, -2, ...
+# (number of the source, its height and width) -> picture [height, width, 3] uint8. Images are numbered -1, -2, ...
 Painter = Callable[[int, int, int], Bytes]
 
 _MAX_KNOWN = 4096  # image sizes whose recipe is kept: some kilobytes each
-_MAX_ELEMENTS = 1 << 28  # of all sources of a row
+_MAX_ELEMENTS = 1 << 26  # of all sources of a row, at several bytes each
 _MAX_CONSTANTS = 64
 _MAX_REFUSALS = 8  # sizes in a row without a single recipe: the image processor is no case for it
 _SMALL_BYTES = 4096  # of a tensor without pixels that is shipped as it is
 _MAX_VALUE_RUNS = 64
-_POOL = 1 << 22
+_MEETINGS = 4  # recording took 4 to 5 times as long as an image of SmolVLM's
+_POOL = 1 << 24
 
 
 class Unrepeatable(Exception):
@@ -52,7 +53,7 @@ class Unrepeatable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Resized:
-    picture: Bytes  # [3, height, width]: what it was given
+    picture: Bytes  # [height, width, 3]: what it was given
     width: int
     height: int
     filter: int
@@ -93,12 +94,12 @@ class Recorder:
     Args:
         image_processor: an instance of transformers.
         run: calls it as its class does: (image_processor, images, *positional, **keywords).
-        at_once: record a pattern when it is first met. Otherwise the second time: a dataset in which every size is
-            another one would pay more for recording than it gains.
+        at_once: record a pattern when it is first met. Otherwise some images later: recording takes as long as the
+            image processor takes for several, and a dataset may have a new pattern in every row.
     """
 
     def __init__(self, image_processor: Any, run: Callable[..., Any], *, at_once: bool = False) -> None:
-        self._image_processor, self._run, self.at_once = image_processor, run, at_once
+        self._image_processor, self._run, self._at_once = image_processor, run, at_once
         self._known: dict[tuple[Any, ...], tuple[Recipe, Any] | None] = {}
         self._patterns: dict[tuple[Any, ...], list[_Pattern]] = {}
         self._met: Counter[tuple[Any, ...]] = Counter()
@@ -122,7 +123,7 @@ class Recorder:
                 found = None
             else:
                 if found is None:
-                    return None  # met once; it may come again
+                    return None  # it may come again
             if len(self._known) >= _MAX_KNOWN:
                 self._known.pop(next(iter(self._known)))
             self._known[signature] = found
@@ -159,7 +160,7 @@ class Recorder:
                     return recipe, _stand_in(trace, recipe)
         met = (geometry, _sizes(call, trace, patterns[-1].shown if patterns else ()))
         self._met[met] += 1
-        if not self.at_once and self._met[met] < 2:
+        if not self._at_once and self._met[met] < _MEETINGS:
             return None
         pattern = self._pattern(call, trace, inputs)
         recipe = _recipe(call, trace, pattern)
@@ -192,12 +193,13 @@ class Recorder:
         moved = _sources(call, trace, shown)
         for numbers in (*given.values(), *pixels.values()):
             _move(numbers, sources, moved)
-        levels = self._final(call, moved, pixels, final)
+        raw = {name: layout_of(numbers, range(256)) for name, numbers in pixels.items()}
+        levels = self._final(call, moved, raw, pixels, final)
         return _Pattern(
             inputs=tuple(
                 layout_of(given[place], range(256)) if number is None else number for place, number in enumerate(inputs)
             ),
-            raw={name: layout_of(numbers, range(256)) for name, numbers in pixels.items()},
+            raw=raw,
             final=final,
             dtypes=dtypes,
             shown=shown,
@@ -207,18 +209,22 @@ class Recorder:
 
     def _digits(self, call: ImageCall, sources: Sequence[Source]) -> tuple[list[_Trace], _Trace]:
         """Runs in which elements say one byte of their place in the buffer; one that says the first one's opposite."""
-        num_elements = sources[-1].offset + sources[-1].num_elements
+        num_elements = sum(source.num_elements for source in sources)
         if num_elements > _MAX_ELEMENTS:
             raise Unrepeatable(f"its images have more than {_MAX_ELEMENTS} elements in all")
         num_steps = len(sources) - len(call.images)
+        places = [
+            np.arange(source.offset, source.offset + source.num_elements, dtype="<u4").view(np.uint8)
+            for source in sources
+        ]
 
         def painter(digit: int, turn: int) -> Painter:
             def paint(number: int, height: int, width: int) -> Bytes:
-                source = sources[_place(number, num_steps)]
-                if source.shape != (3, height, width):
+                place = _place(number, num_steps)
+                if sources[place].shape != (height, width, 3):
                     raise Unrepeatable("what it resizes hangs on the pixels")
-                places = np.arange(source.offset, source.offset + source.num_elements, dtype="<u4")
-                return places.view(np.uint8)[digit::4].reshape(source.shape) ^ np.uint8(turn)
+                picture = places[place][digit::4].reshape(height, width, 3)
+                return picture ^ np.uint8(turn) if turn else picture
 
             return paint
 
@@ -228,12 +234,18 @@ class Recorder:
         return runs, self._trace(call, painter(0, 255))
 
     def _final(
-        self, call: ImageCall, sources: Sequence[Source], pixels: Mapping[str, Numbers], final: dict[str, Layout]
+        self,
+        call: ImageCall,
+        sources: Sequence[Source],
+        raw: Mapping[str, Layout],
+        pixels: Mapping[str, Numbers],
+        final: dict[str, Layout],
     ) -> Numbers:
         """What levels and constants become: fills `final`, and returns the levels [3, 256]."""
         num_steps = len(sources) - len(call.images)
         known = self._levels.get(call.arguments)
         table = np.full(3 * 256, np.nan, dtype=np.float32) if known is None else known.ravel().copy()
+        constant = {name: numbers < 0 for name, numbers in pixels.items()}
         for seed in range(1, _MAX_VALUE_RUNS):
 
             def paint(number: int, height: int, width: int, seed: int = seed) -> Bytes:
@@ -241,22 +253,22 @@ class Recorder:
 
             run = self._trace(call, paint, scaled=True)
             entries = _buffer(sources, num_steps, paint).astype(np.int16)
-            for source in sources:
-                planes = entries[source.offset : source.offset + source.num_elements].reshape(3, -1)
-                planes += np.arange(0, 768, 256, dtype=np.int16)[:, None]
-            for name, numbers in pixels.items():
+            entries.reshape(-1, 3)[:] += np.arange(0, 768, 256, dtype=np.int16)
+            for name, layout in raw.items():
                 value = run.tensors[name].numpy()
-                if value.dtype != np.float32 or value.shape != numbers.shape:
+                if value.dtype != np.float32 or value.shape != layout.shape:
                     raise Unrepeatable(f"{name} is {value.dtype}, expected float32")
-                shown = numbers >= 0
-                entry, seen = entries[numbers[shown]], value[shown]
-                if np.isnan(table).any():
-                    unknown = np.isnan(table[entry])
-                    table[entry[unknown]] = seen[unknown]
-                if not np.array_equal(table[entry].view(np.int32), seen.view(np.int32)):
-                    raise Unrepeatable(f"equal levels become different values in {name}")
+                entry = layout.filled(torch.empty(layout.shape, dtype=torch.int16), torch.from_numpy(entries)).numpy()
                 if name not in final:
-                    final[name] = _with_constants(numbers, value, name)
+                    final[name] = _with_constants(layout, pixels[name], constant[name], value, name)
+                if constant[name].any():
+                    entry, value = entry[~constant[name]], value[~constant[name]]
+                if np.isnan(table).any():
+                    found = table.copy()
+                    found[entry] = value
+                    table = np.where(np.isnan(table), found, table)
+                if not np.array_equal(table[entry].view(np.int32), value.view(np.int32)):
+                    raise Unrepeatable(f"equal levels become different values in {name}")
             if not np.isnan(table).any():
                 break
         else:
@@ -266,7 +278,10 @@ class Recorder:
 
     def _trace(self, call: ImageCall, paint: Painter, *, scaled: bool = False) -> _Trace:
         """One run, on images that `paint` makes."""
-        images = [_image(paint(-1 - number, image.height, image.width)) for number, image in enumerate(call.images)]
+        images = [
+            Image.fromarray(np.ascontiguousarray(paint(-1 - number, image.height, image.width)))
+            for number, image in enumerate(call.images)
+        ]
         resizes: list[_Resized] = []
         with ExitStack() as stack:
             stack.enter_context(_recorded(resizes, paint))
@@ -303,8 +318,8 @@ def _recorded(resizes: list[_Resized], paint: Painter) -> Iterator[None]:
         if self.mode != "RGB" or reducing_gap is not None:
             raise Unrepeatable(f"it resizes {self.mode} images, or in two steps")
         filter = Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
-        resizes.append(_Resized(_planes(self), width, height, int(filter)))
-        return _image(paint(len(resizes) - 1, height, width))
+        resizes.append(_Resized(np.asarray(self), width, height, int(filter)))
+        return Image.fromarray(np.ascontiguousarray(paint(len(resizes) - 1, height, width)))
 
     with mock.patch.object(Image.Image, "resize", resize):
         yield
@@ -313,24 +328,20 @@ def _recorded(resizes: list[_Resized], paint: Painter) -> Iterator[None]:
 @contextmanager
 def _unscaled(image_processor: Any) -> Iterator[None]:
     """Rescaling and normalising give back what they get."""
+    own = vars(image_processor)
     names = [name for name in ("rescale", "normalize") if hasattr(image_processor, name)]
-    for name in names:
-        setattr(image_processor, name, lambda image, *_, **__: image)
-    try:
+    with mock.patch.dict(own, dict.fromkeys(names, lambda image, *_, **__: image)):
         yield
-    finally:
-        for name in names:
-            delattr(image_processor, name)
 
 
 def _random(number: int, height: int, width: int, seed: int = 0) -> Bytes:
     """Bytes that differ from source to source, cut from a store: making them would take longer than the run."""
     pool = _pool()
-    num_elements = 3 * height * width
+    num_elements = height * width * 3
     start = ((number * 2 + 1) * 104_729 + seed * 15_485_863) % (len(pool) // 2)
     if num_elements > len(pool) - start:
-        return np.resize(pool[start:], num_elements).reshape(3, height, width)
-    return pool[start : start + num_elements].reshape(3, height, width)
+        return np.resize(pool[start:], num_elements).reshape(height, width, 3)
+    return pool[start : start + num_elements].reshape(height, width, 3)
 
 
 _pools: list[Bytes] = []
@@ -340,14 +351,6 @@ def _pool() -> Bytes:
     if not _pools:
         _pools.append(np.random.default_rng(0).integers(0, 256, _POOL, dtype=np.uint8))
     return _pools[0]
-
-
-def _image(picture_CHW: Bytes) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(picture_CHW.transpose(1, 2, 0)))
-
-
-def _planes(image: Image.Image) -> Bytes:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _nested(nesting: Any, images: Sequence[Image.Image]) -> Any:
@@ -366,7 +369,7 @@ def _sources(call: ImageCall, trace: _Trace, first: Sequence[int] = ()) -> tuple
     for place in (*first, *(place for place in range(len(sizes)) if place not in first)):
         offsets[place] = offset
         height, width = sizes[place]
-        offset += 3 * height * width
+        offset += height * width * 3
     return tuple(Source(offset, *size) for offset, size in zip(offsets, sizes, strict=True))
 
 
@@ -423,7 +426,7 @@ def _whole_inputs(call: ImageCall, trace: _Trace) -> tuple[int | None, ...]:
     candidates = {-1 - number: (image.height, image.width) for number, image in enumerate(call.images)}
     found: list[int | None] = []
     for place, resize in enumerate(trace.resizes):
-        shape = resize.picture.shape[1:]
+        shape = resize.picture.shape[:2]
         found.append(
             next(
                 (
@@ -477,8 +480,10 @@ def _without_pixels(tensor: torch.Tensor, name: str) -> Layout:
     return layout_of(numbers, values.tolist())
 
 
-def _with_constants(numbers: Numbers, value: Numbers, name: str) -> Layout:
-    constant = numbers < 0
+def _with_constants(layout: Layout, numbers: Numbers, constant: Numbers, value: Numbers, name: str) -> Layout:
+    """The layout with constants as they are in the tensor `value`."""
+    if not constant.any():
+        return layout
     values, which = np.unique(value[constant], return_inverse=True)
     if len(values) > _MAX_CONSTANTS:
         raise Unrepeatable(f"{name} has more than {_MAX_CONSTANTS} values beside its pixels")
@@ -495,7 +500,7 @@ def _recipe(call: ImageCall, trace: _Trace, pattern: _Pattern) -> Recipe:
     num_steps = len(trace.resizes)
     steps = []
     for place, (given, resize) in enumerate(zip(pattern.inputs, trace.resizes, strict=True)):
-        height, width = resize.picture.shape[1:]
+        height, width = resize.picture.shape[:2]
         steps.append(
             Step(
                 _place(given, num_steps) if isinstance(given, int) else given,
@@ -521,7 +526,7 @@ def _holds(recipe: Recipe, trace: _Trace, pattern: _Pattern) -> bool:
     for step, resize in zip(recipe.steps, trace.resizes, strict=True):
         if isinstance(step.input, Layout):
             shown = step.input.filled(torch.empty(step.input.shape, dtype=torch.uint8), buffer)
-            if not torch.equal(shown, torch.from_numpy(resize.picture)):
+            if not np.array_equal(shown.numpy(), resize.picture):
                 return False
     for name, tensor in trace.tensors.items():
         if name in pattern.raw:

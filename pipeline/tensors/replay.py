@@ -32,9 +32,16 @@ class PixelReplay:
 
         dtype: float32 gives the processor's own; another rounds these as `.to(dtype)` does.
         """
-        if sample.compact is None:
-            return {}
-        return tensors_of(sample.compact, self.device, self.method, dtype)
+        return self.tensors(sample.compact, dtype) if sample.compact else {}
+
+    def tensors(self, compact: CompactImages, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """See expand."""
+        pixels = [torch.from_numpy(image if image.flags.writeable else image.copy()) for image in compact.pixels]
+        if self.device.type == "cuda":
+            pixels = [image.pin_memory() for image in pixels]
+        on_device = [image.to(self.device, non_blocking=True) for image in pixels]
+        made: dict[str, torch.Tensor] = compact.recipe.tensors(on_device, method=self.method, dtype=dtype)
+        return made
 
     def expanded(self, sample: EncodedSample) -> EncodedSample:
         """The sample as the processor alone would have given it, with all tensors as arrays."""
@@ -42,19 +49,6 @@ class PixelReplay:
             return sample
         made = {name: tensor.cpu().numpy() for name, tensor in self.expand(sample).items()}
         return replace(sample, tensors={**sample.tensors, **made}, compact=None)
-
-
-def tensors_of(
-    compact: CompactImages, device: torch.device, method: Method = "taps", dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
-    """The tensors of compact images, on the device."""
-    pixels = [torch.from_numpy(image if image.flags.writeable else image.copy()) for image in compact.pixels]
-    if device.type == "cuda":
-        pixels = [image.pin_memory().to(device, non_blocking=True) for image in pixels]
-    else:
-        pixels = [image.to(device) for image in pixels]
-    made: dict[str, torch.Tensor] = compact.recipe.tensors(pixels, method=method, dtype=dtype)
-    return made
 
 
 def fastest(device: torch.device) -> Method:

@@ -105,12 +105,13 @@ def _pass(pixels_CHW: torch.Tensor, dim: int, num_out: int, filter: int, method:
 
 
 def _summed(pixels_CHW: torch.Tensor, dim: int, places_KO: torch.Tensor, weights_KO: torch.Tensor) -> torch.Tensor:
-    wide_CHW = pixels_CHW.int()
-    shape = (-1, 1) if dim == 1 else (-1,)
+    if dim == 2:  # rows are quicker to take than columns
+        return _summed(pixels_CHW.transpose(1, 2), 1, places_KO, weights_KO).transpose(1, 2)
+    wide_CHW = pixels_CHW.int().contiguous()
     total: torch.Tensor | None = None
     for places_O, weights_O in zip(places_KO, weights_KO, strict=True):
-        taken = wide_CHW.index_select(dim, places_O)
-        weights = weights_O.view(shape)
+        taken = wide_CHW.index_select(1, places_O)
+        weights = weights_O[:, None]
         total = taken.mul_(weights) if total is None else total.addcmul_(taken, weights)
     assert total is not None
     return total
