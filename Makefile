@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow models check bench gpu clean
+.PHONY: help setup demo test slow models check bench bench-long bench-gpu gpu vllm clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # torch first and by itself: with it in place nothing draws in another build with gigabytes of CUDA.
 $(BIN)/vlm-batch: pyproject.toml constraints.txt
@@ -43,8 +44,15 @@ check: $(VENV)/.dev  ## ruff, formatting, mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict pipeline
 
-bench: $(VENV)/.dev  ## speed against plain transformers, memory, planning: one table, and JSON
-	$(BIN)/python scripts/bench.py --output outputs/bench
+# BENCH="--workload questions --group features" and other words of scripts/bench_engines.py choose more.
+bench: $(VENV)/.dev  ## engines side by side, planning, start-up (about 15 minutes on two cores): tables and JSON in outputs/bench
+	$(BIN)/python scripts/bench_engines.py --output outputs/bench $(BENCH); engines=$$?; \
+	$(BIN)/python scripts/bench.py --output outputs/bench --only plan --only finished --only startup && exit $$engines
+
+bench-long: $(VENV)/.dev  ## all workloads, all sides, three rounds, and the main job with memory over 50,000 rows (hours)
+	$(BIN)/python scripts/bench_engines.py --output outputs/bench --rounds 3 --group features --group compiled --group more \
+	--workload captions --workload long --workload short --workload questions; engines=$$?; \
+	$(BIN)/python scripts/bench.py --output outputs/bench && exit $$engines
 
 # No setup: a Python with CUDA's torch, transformers, accelerate and pytest is enough (make gpu GPU_PYTHON=python3). A check
 # whose package is missing (optimum-quanto, flash-attn, flash-attn-4) says so in the results and is not measured.
@@ -52,5 +60,21 @@ GPU_PYTHON ?= $(BIN)/python
 gpu:  ## models of real size on a CUDA device, under 8 minutes; results in docs/benchmarks/models_gpu.md and .json
 	PYTHONPATH=.:$$PYTHONPATH GPU_RESULTS=docs/benchmarks $(GPU_PYTHON) -m pytest tests/gpu -m gpu -rs -s
 
+GPU_MODELS ?= idefics2_8b qwen2_5_vl_7b smolvlm_256m
+bench-gpu:  ## engines on a CUDA device, under 9 minutes a model (GPU_MODELS); results in docs/benchmarks/engines_gpu_*
+	for model in $(GPU_MODELS); do \
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) scripts/bench_gpu.py --model $$model --output docs/benchmarks || exit; done
+
+# vLLM for CPUs pins its own versions of nearly everything: an environment of its own, for its tests and the benchmark.
+$(VLLM_VENV)/bin/vlm-batch: constraints-vllm.txt scripts/torchvision_without_cuda.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	cp scripts/torchvision_without_cuda.py $$site/ && echo 'import torchvision_without_cuda' > $$site/torchvision_without_cuda.pth
+	@touch $@
+
+vllm: $(VLLM_VENV)/bin/vlm-batch  ## .venv-vllm with vLLM for CPUs: for the tests of engine=vllm and its side of the benchmark
+
 clean:  ## remove .venv and caches, keep outputs
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

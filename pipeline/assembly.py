@@ -122,8 +122,7 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
     from pipeline.vlm.slots.engine import SlotsEngine
     from pipeline.vlm.static import StaticEngine
 
-    num_threads = len(os.sched_getaffinity(0)) - (config.engine.num_workers or default_num_workers())
-    loaded = load_model(config.vlm, identity, num_threads=num_threads)
+    loaded = load_model(config.vlm, identity, num_threads=len(os.sched_getaffinity(0)))
     batcher.pad_id = loaded.pad_id
     generation = config.generation
     settings = effective_settings(generation, identity.generation_config)
@@ -133,7 +132,11 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
         "batcher": batcher,
         "sampler": Sampler(settings.sampling, config.seed),
         "ending": Ending(
-            loaded.tokenizer, eos_ids=loaded.eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos
+            loaded.tokenizer,
+            eos_ids=loaded.eos_ids,
+            stop=generation.stop,
+            ignore_eos=generation.ignore_eos,
+            max_repeats=generation.max_repeats,
         ),
         "settings": settings,
         "max_new_tokens": generation.max_new_tokens,

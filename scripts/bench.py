@@ -17,27 +17,22 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_figure import QUICK, Figure, Sizes, compared, table
+from bench_figure import QUICK, Figure, Sizes, circumstances, compared, table
 from bench_speed import speed
 from bench_trace import Trace, last_json, traced, vlm_batch, vlm_batch_modules
 from bench_workload import DEMO, source, worker_stats, write_rows
 
-PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "pillow", "numpy")
 FILES_A_FOLDER = 1_000
 PLANNING = """
 import json, sys, time
@@ -180,22 +175,6 @@ BENCHMARKS: dict[str, Callable[[Sizes, Path], list[Figure]]] = {
     "finished": finished,
     "startup": startup,
 }
-
-
-def circumstances() -> dict[str, Any]:
-    """What the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "num_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "load_average_before": os.getloadavg(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

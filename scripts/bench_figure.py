@@ -1,10 +1,20 @@
-"""What a benchmark reports: figures, held against targets, as one table."""
+"""What a benchmark reports: figures, held against targets, as one table; and the machine they are of."""
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "pillow", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,22 @@ def table(figures: Sequence[Figure]) -> str:
         cells = (figure.name, _text(figure.median), spread, figure.unit, figure.target, reached, figure.note)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def circumstances() -> dict[str, Any]:
+    """What the figures depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "load_average_before": os.getloadavg(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _text(value: float | None) -> str:

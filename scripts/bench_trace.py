@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,18 @@ class Trace:
     output: str = ""
     resident: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # process -> (clock time, bytes)
     cpu: dict[str, float] = field(default_factory=dict)  # process -> seconds
+    used: list[tuple[float, float]] = field(default_factory=list)  # (clock time, CPU seconds of all processes so far)
+    peak_bytes: int = 0  # resident, of all processes at one moment; pages that they share count in each
 
     @property
     def cpu_seconds(self) -> float:
         """User and system time of all processes, short of what each took after the last look at it."""
         return sum(self.cpu.values())
+
+    def cpu_seconds_after(self, moment: float) -> float:
+        """The part of it that was used after a clock time."""
+        before = [seconds for when, seconds in self.used if when <= moment]
+        return self.cpu_seconds - max(before, default=0.0)
 
 
 def traced(
@@ -45,6 +53,8 @@ def traced(
     timeout: float | None = None,
 ) -> Trace:
     """Run a command in `folder`; look at its processes, and call `look`, `every` so many seconds.
+
+    What the command wrote to its standard output and error is in the trace's `output`, in the order it came.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
@@ -73,8 +83,12 @@ def traced(
 
 
 def last_json(trace: Trace) -> Any:
-    """The last line of a command's output."""
-    return json.loads(trace.output.strip().splitlines()[-1])
+    """The last line of a command's output that is JSON: libraries may have words after it, as a process ends."""
+    for line in reversed(trace.output.strip().splitlines()):
+        if line.startswith(("{", "[")):
+            with suppress(ValueError):
+                return json.loads(line)
+    raise RuntimeError(f"expected a last line of JSON, got: {trace.output[-500:]!r}")
 
 
 def vlm_batch(*words: str) -> list[str]:
@@ -112,15 +126,20 @@ def _watch(main: psutil.Process, trace: Trace, every: float, look: Callable[[], 
             processes = [main, *main.children(recursive=True)]
         except psutil.NoSuchProcess:
             return
+        resident_bytes = 0
         for process in processes:
             try:
                 with process.oneshot():
                     name = _role(process, main)
                     times = process.cpu_times()
                     trace.cpu[name] = times.user + times.system
-                    trace.resident.setdefault(name, []).append((time.time(), process.memory_info().rss))
+                    size_bytes = process.memory_info().rss
+                    trace.resident.setdefault(name, []).append((time.time(), size_bytes))
+                    resident_bytes += size_bytes
             except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended between two questions
                 continue
+        trace.used.append((time.time(), trace.cpu_seconds))
+        trace.peak_bytes = max(trace.peak_bytes, resident_bytes)
 
 
 def _role(process: psutil.Process, main: psutil.Process) -> str:

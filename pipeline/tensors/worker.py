@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
 }
+# Workers run ahead of a model that computes on the same cores, and give way to it once they are.
+_NICENESS = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -32,6 +34,7 @@ def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
     # The parent decides when a worker ends: a signal to the whole process group must not cost rows.
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICENESS)
     try:
         # A thread empties the pipe, so that parent and worker never wait for each other with both directions full, and
         # notices when the parent is gone. It starts first: its stack is part of the baseline.

@@ -8,10 +8,12 @@ from typing import Any
 
 from pipeline.records import Answer, EncodedSample, Fault, FinishReason, Stage
 
+_LONGEST_PERIOD = 64  # tokens of a sequence that is looked for
+
 
 @dataclass(slots=True)
 class Generation:
-    """The tokens of one sample while they are generated, and the rules that end it."""
+    """The tokens of one sample while they are generated."""
 
     sample: EncodedSample
     max_new_tokens: int
@@ -19,6 +21,7 @@ class Generation:
     finish_reason: FinishReason | None = None
     fault: Fault | None = None
     logits_SV: list[Any] | None = None  # kept where a list stands: one tensor [V] for each token
+    num_alike: list[int] = field(default_factory=list)  # for each period: last tokens equal to those one period before
 
     @property
     def done(self) -> bool:
@@ -28,8 +31,16 @@ class Generation:
 class Ending:
     """Decides when a generation ends, and decodes it."""
 
-    def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int], stop: Sequence[str], ignore_eos: bool) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        eos_ids: Sequence[int],
+        stop: Sequence[str],
+        ignore_eos: bool,
+        max_repeats: int | None = None,
+    ) -> None:
+        self._tokenizer, self._max_repeats = tokenizer, max_repeats
         # Text is decoded without special tokens, so a stop string that is one of them is compared by its number.
         special = {text: number for text in stop if (number := _special_id(tokenizer, text)) is not None}
         self.eos_ids = (frozenset() if ignore_eos else frozenset(eos_ids)) | set(special.values())
@@ -51,6 +62,8 @@ class Ending:
             generation.finish_reason = FinishReason.STOP
         elif len(generation.tokens) >= generation.max_new_tokens:
             generation.finish_reason = FinishReason.LENGTH
+        elif self._max_repeats is not None and self._repeats(generation, self._max_repeats):
+            generation.finish_reason = FinishReason.REPETITION
 
     def answer(self, generation: Generation) -> Answer:
         """The finished answer: special tokens skipped, stop string cut off, surrounding white space removed."""
@@ -68,6 +81,20 @@ class Ending:
             finish_reason=generation.finish_reason,
             num_generated_tokens=len(generation.tokens),
         )
+
+    def _repeats(self, generation: Generation, max_repeats: int) -> bool:
+        """Whether the answer ends in one sequence of up to 64 tokens, as many times over."""
+        tokens, alike = generation.tokens, generation.num_alike
+        if not alike:
+            alike.extend([0] * _LONGEST_PERIOD)
+        token, found = tokens[-1], False
+        for period in range(1, min(_LONGEST_PERIOD, len(tokens) - 1) + 1):
+            if token == tokens[-1 - period]:
+                alike[period - 1] += 1
+                found |= alike[period - 1] >= period * (max_repeats - 1)
+            else:
+                alike[period - 1] = 0
+        return found
 
     def _stops(self, generation: Generation) -> bool:
         tail = self._tokenizer.decode(generation.tokens[-self._num_tail_tokens :], skip_special_tokens=True)

@@ -73,7 +73,8 @@ def check_model(options: VlmConfig, identity: ModelIdentity) -> None:
 def load_model(options: VlmConfig, identity: ModelIdentity, *, num_threads: int) -> LoadedModel:
     """Load the weights.
 
-    num_threads: of the CPU, for a model that computes there; a tiny model takes one (more slow it many times).
+    num_threads: of the CPU, for a model that computes there: all cores, as the worker processes give way to it. A tiny
+    model takes one (more slow it many times).
 
     Raises:
         UsageError: as `check_model`.

@@ -122,6 +122,9 @@ class SlotsConfig(EngineConfig):
 
     kind: ClassVar[str] = "slots"
 
+    max_slot_tokens: int | None = option(
+        None, "tokens that all slots hold together; null = what free memory allows", speed=True, least=1
+    )
     reuse_images: bool = option(True, "encode an image once for all the rows that show it", speed=True)
     reuse_prefixes: bool = option(True, "compute once what several prompts about one image begin with", speed=True)
     decode_attention: DecodeAttention = option(
@@ -169,6 +172,9 @@ class GenerationConfig:
     max_new_tokens_column: str | None = option(None, "column with a row's own cap (never above max_new_tokens)")
     ignore_eos: bool = option(False, "go on to max_new_tokens whatever the model says (benchmarks)")
     stop: list[str] = option(doc="strings that end an answer; they are not part of it", factory=list)
+    max_repeats: int | None = option(
+        None, "an answer that ends in the same words or signs so many times over ends there (repetition)", least=2
+    )
     repetition_penalty: float | None = option(None, "above 1 makes tokens of prompt and answer less likely", least=0.01)
     n: int = option(1, "answers per prompt", least=1)
     extra: dict[str, Any] = option(

@@ -27,7 +27,7 @@ from pipeline.vlm.vllm_inputs import ProcessedInputs
 
 log = logging.getLogger(__name__)
 
-_AHEAD = 3  # requests at vLLM for each that it computes: the next one is there when a place is free
+_AHEAD = 2  # requests at vLLM for each that it computes: the next one is there when a place is free
 _PATIENCE_SECONDS = 0.5  # between two looks at whether it still runs
 _MAX_STARTS = 3  # one after the other, without an answer in between
 _SMALLEST_TOP_P = 1e-6  # vLLM refuses 0, which is the likeliest token alone

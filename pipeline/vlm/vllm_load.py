@@ -19,6 +19,7 @@ from pipeline.vlm.identity import ModelIdentity
 from pipeline.vlm.options import Attention, GenerationConfig, Quantization, VllmConfig, VlmConfig
 from pipeline.vlm.vllm_engine import Running, VllmEngine, one_line
 from pipeline.vlm.vllm_inputs import ProcessedInputs
+from pipeline.vlm.vllm_process import RUN_PROCESS
 
 _HONOURED = ("min_new_tokens",)  # of generation's processors
 _HONOURED_WARPERS = ("min_p",)
@@ -90,6 +91,7 @@ def load_vllm_engine(
     check_vllm(engine, vlm, settings)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ[RUN_PROCESS] = str(os.getpid())
     try:
         import vllm
         from vllm.engine.arg_utils import EngineArgs

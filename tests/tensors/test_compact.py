@@ -241,6 +241,17 @@ class Reduced(transformers.CLIPImageProcessorPil):
         return super().resize(image, size, resample, reducing_gap=2.0)
 
 
+class Wandering(transformers.CLIPImageProcessorPil):
+    """Always as large after resizing, but cropped at a place that hangs on how large it was."""
+
+    def resize(self, image: np.ndarray, *_: Any, **__: Any) -> np.ndarray:
+        self.left = image.shape[-1] % 4
+        return super().resize(image, transformers.image_utils.SizeDict(height=28, width=32))
+
+    def center_crop(self, image: np.ndarray, *_: Any, **__: Any) -> np.ndarray:
+        return image[:, :, self.left : self.left + 28]
+
+
 def processor_around(images: Any, monkeypatch: pytest.MonkeyPatch, **source: Any) -> Processor:
     made = transformers.LlavaProcessor(
         images, tokenizer(["<image>", "<end_of_utterance>"]), patch_size=7, chat_template=IDEFICS_TEMPLATE
@@ -274,6 +285,19 @@ def test_a_processor_that_does_something_else_ships_its_own_tensors_and_the_log_
     assert sum(reason in record.message for record in caplog.records) == 1
 
 
+def test_an_image_processor_that_is_no_case_for_it_is_left_alone_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = []
+    own = recording.traced
+    monkeypatch.setattr(recording, "traced", lambda *args, **more: runs.append(1) or own(*args, **more))
+    processor = processor_around(Reduced(), monkeypatch)
+    processor.ship("decoded")
+    for width in range(30, 50):
+        processor.encode(question(1), [noise(width, 30)])
+    assert len(runs) == recording._MAX_REFUSALS
+
+
 def test_a_processor_that_goes_on_working_on_its_images_ships_its_own_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -290,6 +314,17 @@ def test_a_processor_that_goes_on_working_on_its_images_ships_its_own_tensors(
     processor.ship("decoded", at_once=True)
     assert same_bits(tensors(processor.encode(question(1), [noise(40, 30)])), tensors(truth))
     assert "goes on working" in str(compact_flaw(processor, PixelReplay()))
+
+
+def test_a_pattern_is_not_taken_for_a_size_for_which_it_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = processor_around(Wandering(), monkeypatch)
+    pictures = [noise(width, 30) for width in (40, 41, 42, 43, 44)]
+    truths = [processor.encode(question(1), [picture]) for picture in pictures]
+    processor.ship("decoded", at_once=True)
+    for picture, truth in zip(pictures, truths, strict=True):
+        found = processor.encode(question(1), [picture])
+        assert found.compact is not None
+        assert same_bits(tensors(found), tensors(truth))
 
 
 def test_the_proof_notices_a_wrong_order_of_passes(

@@ -42,6 +42,12 @@ def patches(picture: np.ndarray, side: int, merge: int) -> np.ndarray:
     return np.broadcast_to(split, (*split.shape[:5], 2, side, side)).reshape(rows * columns, -1)
 
 
+def swapped(picture: np.ndarray) -> np.ndarray:
+    picture = picture.copy()
+    picture[1, 3, 3], picture[1, 3, 4] = picture[1, 3, 4], picture[1, 3, 3]
+    return picture
+
+
 CASES = {
     "whole": image(6, 9),
     "cropped": image(20, 30)[:, 3:12, 7:19],
@@ -58,6 +64,7 @@ CASES = {
     "mirrored": image(5, 7)[:, :, ::-1],
     "turned": image(5, 7).transpose(0, 2, 1),
     "nothing but a constant": np.full((1, 4, 9, 9), -2),
+    "two pixels swapped within": swapped(image(10, 10)),
     "one pixel": np.array([[[5]]]),
 }
 

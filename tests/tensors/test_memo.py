@@ -119,6 +119,16 @@ def test_arguments_that_cannot_be_compared_are_handed_through(processor_of: Call
     assert image_processor([pixels], return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
 
 
+def test_images_have_keys_where_the_image_processor_is_not_called_as_usual(
+    processor_of: Callable[[str], Processor],
+) -> None:
+    processor = processor_of("llava")
+    image_processor = processor._processor.image_processor
+    image_processor.__class__ = type(image_processor)._watched_class
+    keys = [processor.encode(asked("What?"), [noise(seed)]).image_key for seed in (0, 1, 0)]
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_at_most_one_rows_images_are_held(processor_of: Callable[[str], Processor]) -> None:
     processor = processor_of("llava")
     for seed in range(3):

@@ -29,6 +29,7 @@ from pipeline.vlm.generation import GenerationSettings, SamplingSettings
 from pipeline.vlm.options import Attention, DeviceMap, Quantization, VllmConfig, VlmConfig
 from pipeline.vlm.vllm_engine import Running, VllmEngine
 from pipeline.vlm.vllm_load import check_vllm
+from pipeline.vlm.vllm_process import RUN_PROCESS
 
 GREEDY = GenerationSettings()
 PYTHON = CHECKOUT / ".venv-vllm" / "bin" / "python"
@@ -241,6 +242,21 @@ def test_a_trace_has_tokens_and_leaves_the_counts_alone() -> None:
     assert traces[1] is None
     assert traces[0] is not None and traces[0].tokens == (5, 6, 7, 8) and traces[0].logits_SV == []
     assert engine.counts.num_generated_tokens == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent death signal is Linux's")
+def test_vllms_processes_end_with_a_run_that_is_killed() -> None:
+    child = (
+        "import time; from pipeline.vlm.vllm_process import end_with_parent; end_with_parent(); print('up', flush=1)"
+    )
+    run = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child + '; import time; time.sleep(60)'!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", run], env=os.environ | {RUN_PROCESS: "12345"}, cwd=CHECKOUT, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.kill()
+        assert process.stdout.read() == b""  # the last who could write is gone
 
 
 # What follows runs in the environment of `make vllm`.

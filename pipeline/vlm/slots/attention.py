@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from pipeline.vlm.slots.memory import SlotMemory
+
 NAME = "vlm_batch_slots"  # as transformers knows our attention function
 
 # query [N, H, G, D], keys and values [N, H, S, D], mask of what is hidden [N, 1, 1, S], scale, softcap -> [N, H, G, D]
@@ -104,15 +106,16 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
-def fastest(keys_NHSD: torch.Tensor, num_heads: int, *, num_rows: int, num_cells: int) -> str:
-    """The name of the kernel that is faster here, at such a size; half a dozen calls of each, in turns."""
-    num_kv_heads, width = keys_NHSD.shape[1], keys_NHSD.shape[3]
-    shape = (num_rows, num_kv_heads, num_cells, width)
-    keys, values = keys_NHSD.new_ones(shape), keys_NHSD.new_ones(shape)
-    query = keys_NHSD.new_ones(num_rows, num_kv_heads, num_heads // num_kv_heads, width)
+def fastest(memory: SlotMemory, *, num_heads: int, num_cells: int) -> str:
+    """The name of the kernel that is faster here for a full memory of rows of such a length; a few calls of each."""
+    like_NHSD = next(pool.keys_NHSD[0] for pool in memory.pools if pool.keys_NHSD)
+    num_rows, num_kv_heads, width = memory.max_slots, like_NHSD.shape[1], like_NHSD.shape[3]
+    keys = like_NHSD.new_ones(num_rows, num_kv_heads, num_cells * 2, width)[:, :, :num_cells]  # strided, as in a pool
+    values = torch.ones_like(keys)
+    query = like_NHSD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
     hidden = torch.zeros(num_rows, 1, 1, num_cells, dtype=torch.bool, device=keys.device)
     seconds: dict[str, list[float]] = {name: [] for name in KERNELS}
-    for _ in range(6):
+    for _ in range(5):
         for name, kernel in KERNELS.items():
             began = time.perf_counter()
             kernel(query, keys, values, hidden, width**-0.5, None)

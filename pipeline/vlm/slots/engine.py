@@ -22,9 +22,9 @@ from pipeline.vlm.failure import described, free_bytes, is_fatal, is_out_of_memo
 from pipeline.vlm.generation import GenerationSettings
 from pipeline.vlm.inputs import ModelInputs, transformers_settings
 from pipeline.vlm.load import LoadedModel
-from pipeline.vlm.options import SlotsConfig
+from pipeline.vlm.options import DecodeAttention, SlotsConfig
 from pipeline.vlm.sampling import Sampler
-from pipeline.vlm.slots.attention import KERNELS
+from pipeline.vlm.slots.attention import KERNELS, fastest
 from pipeline.vlm.slots.features import ImageFeatures
 from pipeline.vlm.slots.loop import SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
@@ -37,9 +37,12 @@ from pipeline.vlm.static import StaticEngine
 log = logging.getLogger(__name__)
 
 _WINDOW_SLOTS = 8  # samples that are sorted together, for each slot
-_REFILL_SHARE = 8  # an eighth of the slots is refilled at once: a prefill of one row costs nearly as much as of several
+_REFILL_SHARE = 8  # an eighth of the slots is refilled at once
 _CALM_ANSWERS = 256  # after so many without trouble a budget that shrank doubles
 _FEATURE_BYTES = 1 << 30
+_CELLS_OF_A_TRIAL = 1 << 16
+# Of free memory, for keys and values: prompts need the rest, and on a CPU other programs.
+_FREE_SHARE, _FREE_SHARE_CPU = 0.8, 0.4
 _WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their products
 
 
@@ -74,7 +77,8 @@ class SlotsEngine:
         if options.reuse_prefixes and not has_windows(loaded.model.config):
             self._shared_prefix = SharedPrefix(image_token_ids(loaded.model.config))
         self._projections: Projections | None = None
-        self._kernel = options.decode_attention.value
+        self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
+        self._max_cells = options.max_slot_tokens or _CELLS_OF_A_TRIAL
         self._max_slots = options.max_batch_rows
         self._max_prefill_tokens = self._full_prefill_tokens = 2048 if loaded.device.type == "cpu" else 16_384
         self._num_calm_answers = 0
@@ -103,7 +107,8 @@ class SlotsEngine:
     def numerics(self) -> Mapping[str, str]:
         if not any(self.fits.values()) and self.fits:
             return self._static.numerics
-        return {"engine": "slots"} | self._loaded.numerics
+        products = str(self._projections.choice) if self._projections else "plain"
+        return {"engine": "slots", "decode_attention": self._kernel, "products": products} | self._loaded.numerics
 
     @property
     def dtype(self) -> str:
@@ -119,6 +124,7 @@ class SlotsEngine:
         queue = self._queue(samples)
         loop, memory = self._new_loop()
         while True:
+            memory.max_cells, memory.kernel = self._max_cells, KERNELS[self._kernel]  # known after the first trial
             if not self._stop.requested:
                 yield from self._refill(queue, loop, memory)
             yield from self._leaving(loop)
@@ -165,8 +171,8 @@ class SlotsEngine:
         features = self._features if features is None else features
         memory = SlotMemory(
             max_slots=self._options.max_batch_rows,
-            max_cells=self._options.max_batch_tokens,
-            kernel=KERNELS.get(self._kernel, KERNELS["sdpa"]),
+            max_cells=self._max_cells,
+            kernel=KERNELS[self._kernel],
         )
         prefill = Prefill(
             self._model,
@@ -183,10 +189,14 @@ class SlotsEngine:
     ) -> Iterator[Answer]:
         """Put rows into the free slots; yields the answers of those that cannot go there."""
         num_free = self._max_slots - loop.num_live
-        if loop.num_live and (num_free < max(1, self._max_slots // _REFILL_SHARE) or queue.is_empty):
+        enough = max(1, self._max_slots // _REFILL_SHARE)
+        if num_free < enough:
+            return
+        # Few rows at a time are slow to read and to decode: where input is late, what little there is waits for more.
+        if not queue.gather(enough, wait=loop.num_live < enough):
             return
         while num_free > 0:
-            group = queue.take(num_free, self._max_prefill_tokens, wait=not loop.num_live)
+            group = queue.take(num_free, self._max_prefill_tokens)
             if not group:
                 return
             if not self._fit(group):
@@ -389,6 +399,20 @@ class SlotsEngine:
                 assert slot is not None
                 return slot
 
-            return trial.error(build, reserve)
+            error = trial.error(build, reserve)
+            if not self.fits:
+                self._size(memories[0], max(one.sample.num_tokens for one in trial.waiting))
+            return error
         finally:
             self.counts = counts
+
+    def _size(self, memory: SlotMemory, num_prompt_tokens: int) -> None:
+        """How much the slots may hold, from what is free; and what attends to them, where that is left to us."""
+        if self._options.max_slot_tokens is None:
+            share = _FREE_SHARE_CPU if self._loaded.device.type == "cpu" else _FREE_SHARE
+            self._max_cells = int(share * free_bytes(self._loaded.device)) // max(1, memory.bytes_per_token)
+        if self._options.decode_attention is DecodeAttention.auto:
+            text = self._model.config.get_text_config(decoder=True)
+            num_cells = num_prompt_tokens + self.max_new_tokens // 2
+            self._kernel = fastest(memory, num_heads=text.num_attention_heads, num_cells=num_cells)
+            log.info("slots: %s attends in decode steps, the faster of two on this machine", self._kernel)

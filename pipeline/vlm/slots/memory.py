@@ -118,9 +118,23 @@ class SlotMemory:
         return sum(pool.num_live for pool in self._pools.values())
 
     @property
+    def pools(self) -> list[Pool]:
+        """All that there are."""
+        return list(self._pools.values())
+
+    @property
     def num_cells(self) -> int:
         """Cells allocated."""
         return sum(pool.num_slots * pool.num_cells for pool in self._pools.values())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values in all layers; 0 before the first row."""
+        for pool in self._pools.values():
+            if pool.keys_NHSD:
+                num_bytes = sum(tensor.nbytes for tensor in (*pool.keys_NHSD, *pool.values_NHSD))
+                return num_bytes // (pool.num_slots * pool.num_cells)
+        return 0
 
     def reserve(self, num_tokens: int) -> Slot | None:
         """A slot for a row of so many tokens, answer included; None while there is no room.

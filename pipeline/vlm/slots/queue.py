@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -51,29 +50,40 @@ class Queue:
         self._samples, self._batcher, self._num_window_rows = samples, batcher, num_window_rows
         self._shared = shared
         self._window: deque[Waiting] = deque()
-        self._ended = False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing can be taken without waiting for it."""
-        return not self._window and not self._ready
+        self._arrived: list[EncodedSample] = []  # of the next window
+        self._arrived_bytes = 0
+        self._stream_ended = False
 
     @property
     def ended(self) -> bool:
         """Whether nothing will come any more."""
-        return self._ended and not self._window
+        return self._stream_ended and not self._window and not self._arrived
+
+    def gather(self, num_rows: int, *, wait: bool) -> bool:
+        """Take in what is there; whether so many rows wait now, or all that are left.
+
+        wait: whether to wait until it is so.
+        """
+        while len(self._arrived) < self._num_window_rows and self._arrived_bytes < _WINDOW_BYTES:
+            enough = len(self._window) + len(self._arrived) >= num_rows
+            if self._stream_ended or not (self._ready or (wait and not enough)):
+                break
+            sample = next(self._samples, None)
+            if sample is None:
+                self._stream_ended = True
+                break
+            self._arrived.append(sample)
+            self._arrived_bytes += sum(array.nbytes for array in sample.tensors.values())
+        return self._stream_ended or len(self._window) + len(self._arrived) >= num_rows
 
     def put_back(self, waiting: Iterable[Waiting]) -> None:
         """What was taken and could not be begun, in its order."""
         self._window.extendleft(reversed(list(waiting)))
 
-    def take(self, num_rows: int, num_tokens: int, *, wait: bool) -> list[Waiting]:
-        """Up to so many samples that may be padded together to so many prompt tokens; always one where there is any.
-
-        wait: whether to wait for the first one where none is ready.
-        """
+    def take(self, num_rows: int, num_tokens: int) -> list[Waiting]:
+        """Of those gathered, up to so many that may be padded together to so many prompt tokens; one at least."""
         if not self._window:
-            self._fill(wait=wait)
+            self._sort()
         taken: list[Waiting] = []
         width = num_prefix_tokens = 0
         while self._window and len(taken) < num_rows:
@@ -90,20 +100,11 @@ class Queue:
             taken.append(self._window.popleft())
         return taken
 
-    def _fill(self, *, wait: bool) -> None:
-        found: list[EncodedSample] = []
-        size_bytes = 0
-        while len(found) < self._num_window_rows and size_bytes < _WINDOW_BYTES:
-            if not self._ready and not (wait and not found):
-                break
-            sample = next(islice(self._samples, 1), None)
-            if sample is None:
-                self._ended = True
-                break
-            found.append(sample)
-            size_bytes += sum(array.nbytes for array in sample.tensors.values())
+    def _sort(self) -> None:
+        """What has arrived is the next window."""
+        arrived, self._arrived, self._arrived_bytes = self._arrived, [], 0
         families: dict[object, list[EncodedSample]] = {}
-        for sample in self._batcher.sorted(found):  # a family stands where its longest prompt does
+        for sample in self._batcher.sorted(arrived):  # a family stands where its longest prompt does
             families.setdefault(sample.image_key or id(sample), []).append(sample)
         for family in families.values():
             num_shared = self._shared(family) if self._shared else 0
@@ -111,7 +112,7 @@ class Queue:
 
     @property
     def _ready(self) -> bool:
-        return not self._ended and bool(getattr(self._samples, "ready", True))
+        return bool(getattr(self._samples, "ready", True))
 
 
 class SharedPrefix:

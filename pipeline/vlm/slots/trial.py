@@ -38,11 +38,11 @@ class Trial:
         self.bound = BOUND_FLOAT32 if model.dtype == torch.float32 else BOUND_HALF
         by_length = sorted(waiting, key=lambda one: one.sample.num_tokens)
         places = {0: None, len(by_length) - 1: None, len(by_length) // 2: None}
-        self._waiting = [by_length[place] for place in places]
+        self.waiting = [by_length[place] for place in places]
         settings = copy.copy(settings)
         settings.max_new_tokens = _NUM_STEPS
         self._truth: list[Script] = []
-        for one in self._waiting:
+        for one in self.waiting:
             script = Script(None, settings.eos_token_id or [])
             with torch.inference_mode():
                 loop = OwnLoop([Generation(one.sample, _NUM_STEPS)], script.choose, needs_history=False)
@@ -59,8 +59,8 @@ class Trial:
         """
         told = _Told()
         loop = build(told)
-        turns = [*range(len(self._waiting)), 0]
-        waiting = [self._waiting[turn] for turn in turns]
+        turns = [*range(len(self.waiting)), 0]
+        waiting = [self.waiting[turn] for turn in turns]
         generations = [Generation(one.sample, _NUM_STEPS) for one in waiting]
         for generation, turn in zip(generations, turns, strict=True):
             told.tokens[id(generation)] = self._truth[turn].tokens
