@@ -136,7 +136,7 @@ def _schema(command: str) -> type | None:
 def _run(call: _Call) -> int:
     from pipeline.manifest import write_manifest
     from pipeline.run import run
-    from pipeline.status import read_status, status_lines
+    from pipeline.status import phases, read_status, status_lines
 
     config = call.composed().config
     output_dir = config.output_path
@@ -153,11 +153,8 @@ def _run(call: _Call) -> int:
     for worker in fresh:
         for kind, example in worker["error_examples"].items():
             print(f"example  {kind}: {example}")
-        waited = worker["waiting_for_input_seconds"] / max(1e-9, worker["seconds"] - worker["loading_seconds"])
-        print(
-            f"speed    {worker['rows_per_second']:.1f} rows/s, {worker['tokens_per_second']:.0f} tokens/s, "
-            f"{waited:.0%} of the time waiting for input"
-        )
+        print(f"speed    {worker['rows_per_second']:.1f} rows/s, {worker['tokens_per_second']:.0f} tokens/s")
+        print(f"time     {', '.join(f'{name} {share:.0%}' for name, share in phases(worker).items())}")
     print(f"data     {output_dir / 'data'}/part-*.parquet")
     if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):
         print("failed   every row; the examples above say why" if fresh else "failed   every row")

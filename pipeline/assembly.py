@@ -15,10 +15,11 @@ from pipeline.records import Answer, EncodedSample
 from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
 from pipeline.tensors.processor import Processor, ProcessorSource
+from pipeline.tensors.shipping import Shipping
 from pipeline.vlm.base import Engine, StopSignal
 from pipeline.vlm.generation import effective_settings, log_settings, slots_obstacle
 from pipeline.vlm.identity import ModelIdentity
-from pipeline.vlm.options import SlotsConfig, VllmConfig
+from pipeline.vlm.options import ImageTransfer, SlotsConfig, VllmConfig
 
 if TYPE_CHECKING:
     from pipeline.vlm.parity import ParityCheck
@@ -67,8 +68,10 @@ def workers(
     config: RunConfig, plan: Plan, identity: ModelIdentity, template: Template, batcher: Batcher
 ) -> WorkerPool[Task, list[EncodedSample | Answer]]:
     """The processes that render, open and encode; they start while the model loads."""
+    shipping = chosen_shipping(config, identity, template)
+    options = preparation_options(config, identity, template, plan.fingerprint, plan.created[:10], shipping)
     return WorkerPool(
-        partial(Preparation, preparation_options(config, identity, template, plan.fingerprint, plan.created[:10])),
+        partial(Preparation, options),
         num_workers=config.engine.num_workers or default_num_workers(),
         task_seconds=config.engine.worker_timeout_seconds,
         memory_bytes=config.engine.worker_memory_bytes,
@@ -77,8 +80,32 @@ def workers(
     )
 
 
+def chosen_shipping(config: RunConfig, identity: ModelIdentity, template: Template) -> Shipping:
+    """How images travel from the workers to the engine: as asked for, where the processor's pixels come out exactly."""
+    from pipeline.tensors.proof import compact_flaw
+    from pipeline.tensors.replay import PixelReplay
+    from pipeline.vlm.device import placement
+
+    transfer = config.engine.image_transfer
+    device = placement(config.vlm).device
+    if transfer is ImageTransfer.processed or isinstance(config.engine, VllmConfig):
+        return "processed"
+    if transfer is ImageTransfer.auto and device.type != "cuda":
+        return "processed"  # what is saved in the workers would be paid for beside the model, on the same cores
+    options = preparation_options(config, identity, template, fingerprint="").processor
+    if flaw := compact_flaw(Processor(options), PixelReplay(device)):
+        log.info("images are processed by the workers, as otherwise: %s", flaw)
+        return "processed"
+    return "resized" if transfer is ImageTransfer.resized else "decoded"
+
+
 def preparation_options(
-    config: RunConfig, identity: ModelIdentity, template: Template, fingerprint: str, date: str | None = None
+    config: RunConfig,
+    identity: ModelIdentity,
+    template: Template,
+    fingerprint: str,
+    date: str | None = None,
+    shipping: Shipping = "processed",
 ) -> PreparationOptions:
     """What has to be known to render, open and encode a row.
 
@@ -96,6 +123,7 @@ def preparation_options(
             sketches=template.sketches(has_images=config.dataset.image_column is not None),
             own_text=template.own_text,
             max_tokens=identity.max_tokens,
+            shipping=shipping,
         ),
         fingerprint=fingerprint,
         max_image_pixels=config.prompt.max_image_pixels,
@@ -116,6 +144,7 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
         from pipeline.vlm.vllm_load import load_vllm_engine
 
         return load_vllm_engine(config.vlm, config.engine, config.generation, identity, seed=config.seed, stop=stop)
+    from pipeline.tensors.replay import PixelReplay
     from pipeline.vlm.answer import Ending
     from pipeline.vlm.load import load_model
     from pipeline.vlm.sampling import Sampler
@@ -123,7 +152,7 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
     from pipeline.vlm.static import StaticEngine
 
     loaded = load_model(config.vlm, identity, num_threads=len(os.sched_getaffinity(0)))
-    batcher.pad_id = loaded.pad_id
+    batcher.pad_id, batcher.replay = loaded.pad_id, PixelReplay(loaded.device)
     generation = config.generation
     settings = effective_settings(generation, identity.generation_config)
     log_settings(settings, identity.generation_config)
@@ -151,9 +180,9 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
     return SlotsEngine(**parts, static=static, options=config.engine)
 
 
-def parity_check(config: RunConfig, engine: Engine, *, num_records: int) -> ParityCheck:
+def parity_check(config: RunConfig, engine: Engine, batcher: Batcher, *, num_records: int) -> ParityCheck:
     """What compares a long run's first rows, alone and in a batch."""
     from pipeline.vlm.parity import ParityCheck
 
     due = num_records >= _LONG_RUN and config.engine.max_batch_rows > 1
-    return ParityCheck(engine, num_rows=config.engine.parity_rows if due else 0)
+    return ParityCheck(engine, num_rows=config.engine.parity_rows if due else 0, expanded=batcher.expanded)

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -35,7 +36,7 @@ class Meter:
         self._started = time.monotonic()
         self._started_at = time.time()
         self._last_heartbeat = self._last_line = self._started
-        self.waiting_for_input_seconds = 0.0
+        self.waiting_for_input_seconds = self.writing_seconds = 0.0
         self.loading_seconds = 0.0
         self._bar: Any = None
 
@@ -75,6 +76,15 @@ class Meter:
                 self.waiting_for_input_seconds += time.monotonic() - began
             yield item
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Time what is done within: answers on their way to the disk."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.writing_seconds += time.monotonic() - began
+
     def show(self) -> None:
         """Bring bar, line and heartbeat up to date; cheap, called after every answer."""
         if self._bar is not None:
@@ -102,6 +112,7 @@ class Meter:
             "seconds": round(self.seconds, 3),
             "loading_seconds": round(self.loading_seconds, 3),
             "waiting_for_input_seconds": round(self.waiting_for_input_seconds, 3),
+            "writing_seconds": round(self.writing_seconds, 3),
             "num_answered": tally.num_answered,
             "num_generated_tokens": tally.num_generated_tokens,
             "rows_per_second": round(self.rows_per_second, 3),

@@ -136,6 +136,18 @@ class EncodedSample:
         """Prompt tokens, image tokens included."""
         return int(self.tensors["input_ids"].shape[-1])
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that the model will be given, by name and in its order; compact ones too."""
+        shapes: dict[str, tuple[int, ...]] = {name: array.shape for name, array in self.tensors.items()}
+        return dict(sorted((shapes | dict(self.compact.shapes if self.compact else {})).items()))
+
+    @property
+    def num_bytes(self) -> int:
+        """What the sample's arrays hold."""
+        arrays = [*self.tensors.values(), *(self.compact.pixels if self.compact else ())]
+        return sum(array.nbytes for array in arrays)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:

@@ -105,7 +105,8 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
     )
 
     def record(answer: Answer) -> None:
-        ledger.record(answer)
+        with meter.writing():
+            ledger.record(answer)
         check_budget(config.max_error_rate, tally)
         meter.show()
 
@@ -115,7 +116,7 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
         stop.last_words = ledger.sync
         try:
             engine = build_engine(config, identity, batcher, stop)
-            parity = parity_check(config, engine, num_records=plan.num_records - tally.num_done)
+            parity = parity_check(config, engine, batcher, num_records=plan.num_records - tally.num_done)
             meter.loaded()
             kept_images = config.dataset.image_column if config.write.keep_images else None
             feed = Feed(output_dir, plan, config.dataset.open(inputs), ledger, claims, kept_images)

@@ -116,6 +116,24 @@ def status_lines(output_dir: Path, status: Status) -> Iterator[str]:
     yield f"state    running, {len(running)} worker{'s' if len(running) > 1 else ''}, {rate:.1f} rows/s, {left} left"
 
 
+def phases(worker: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of a worker's time since its model was loaded, by what it did; they sum to 1."""
+    engine = worker.get("engine", {})
+    seconds = {
+        "waiting for input": worker["waiting_for_input_seconds"],
+        "trial": engine.get("trial_seconds", 0.0),
+        "vision": engine.get("vision_seconds", 0.0),
+        "prefill": engine.get("prefill_seconds", 0.0),
+        "decode": engine.get("decode_seconds", 0.0),
+        "writing": worker["writing_seconds"],
+    }
+    whole = max(1e-9, worker["seconds"] - worker["loading_seconds"])
+    shares = {
+        name: value / whole for name, value in seconds.items() if value or name in ("waiting for input", "writing")
+    }
+    return shares | {"other": max(0.0, 1 - sum(shares.values()))}
+
+
 def _journalled(output_dir: Path, plan: Plan, done: Collection[int]) -> Iterator[int]:
     """Records of each journal whose shard is not published: what a killed worker left beside a shard counts once."""
     names = {plan.shard(number).name for number in done}

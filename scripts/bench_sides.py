@@ -58,7 +58,11 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run of one side. `work_seconds` begins when its model is loaded and ends when its Parquet file is closed."""
+    """One run of one side.
+
+    `work_seconds` begins when its model is loaded, and ends when its Parquet file is closed. What an engine does before
+    its first row to know the model is start-up: vLLM's compilation, and the trials of ours.
+    """
 
     num_rows: int
     num_generated_tokens: int
@@ -132,7 +136,7 @@ class Ours:
             num_rows=stats["num_answered"],
             num_generated_tokens=stats["num_generated_tokens"],
             wall_seconds=trace.wall_seconds,
-            work_seconds=stats["seconds"] - stats["loading_seconds"],
+            work_seconds=stats["seconds"] - stats["loading_seconds"] - stats["engine"].get("trial_seconds", 0.0),
             waiting_seconds=stats["waiting_for_input_seconds"],
             cpu_seconds=trace.cpu_seconds_after(stats["started"] + stats["loading_seconds"]),
             peak_bytes=trace.peak_bytes,
@@ -150,10 +154,10 @@ class Ours:
 
 def phases(stats: Mapping[str, Any]) -> dict[str, float]:
     """Every share of the work that a run reports: names in _seconds, of the run and of what lies one level below."""
-    whole = ("loading_seconds", "seconds")
+    whole = ("loading_seconds", "seconds", "trial_seconds")
     found = {name: value for name, value in stats.items() if name.endswith("_seconds") and name not in whole}
     for inner in (value for value in stats.values() if isinstance(value, Mapping)):
-        found |= {name: value for name, value in inner.items() if name.endswith("_seconds")}
+        found |= {name: value for name, value in inner.items() if name.endswith("_seconds") and name not in whole}
     return {name.removesuffix("_seconds"): float(value) for name, value in found.items()}
 
 

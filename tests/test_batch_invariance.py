@@ -24,18 +24,19 @@ NUM_ROWS = 240
 
 
 @pytest.mark.timeout(400)
-def test_batch_size_and_workers_do_not_change_answers(vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """Rows of one and two images, alone, in odd batches, and in full ones."""
+def test_batch_engine_workers_and_transfer_do_not_change_answers(vlm_batch: CommandLine, tmp_path: Path) -> None:
+    """Rows of one and two images: alone, in three slots, in full batches, in many slots."""
     tables = {}
     for name, words in {
-        "alone": ["engine.max_batch_rows=1"],
-        "threes": ["engine.max_batch_rows=3", "engine.num_workers=2", "write.shard_rows=50"],
-        "full": ["engine.max_batch_rows=64"],
+        "alone": ["engine=static", "engine.max_batch_rows=1"],
+        "threes": ["engine=slots", "engine.max_batch_rows=3", "engine.num_workers=2", "write.shard_rows=50"],
+        "full": ["engine=static", "engine.max_batch_rows=64", "engine.image_transfer=resized"],
+        "slots": ["engine=slots", "engine.max_batch_rows=64", "engine.image_transfer=decoded"],
     }.items():
         vlm_batch("run", f"dataset.max_rows={NUM_ROWS}", f"output_dir={name}", *words)
         tables[name] = pq.read_table(tmp_path / name / "data", columns=SAME)
-    assert tables["threes"].equals(tables["alone"])
-    assert tables["full"].equals(tables["alone"])
+    for name in ("threes", "full", "slots"):
+        assert tables[name].equals(tables["alone"]), name
 
 
 def demo_samples() -> list[EncodedSample]:

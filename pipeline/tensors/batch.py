@@ -6,7 +6,7 @@ Shapes: B rows in a batch, T tokens of the longest prompt in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from pipeline.records import EncodedSample
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.tensors.replay import PixelReplay
 
 # A window is this many full batches: sorting it by length removes most padding, and an odd sample waits no longer.
 _WINDOW_BATCHES = 8
@@ -33,6 +35,7 @@ class Batcher:
         pad_id: what input_ids are padded with (never attended to); known once the model is loaded.
 
     The engine sets what the model bears, once it knows:
+        replay: makes the tensors of images that travel as pixels (EncodedSample.compact).
         pads_right: tokens are padded at the end. An encoder counts positions from the first column on; a decoder goes
             on from the last, so padding is in front.
         may_pad_tokens, may_pad_images: False lets only prompts of one length, or images of one shape, share a batch.
@@ -40,6 +43,7 @@ class Batcher:
 
     def __init__(self, *, max_rows: int, max_tokens: int, max_new_tokens: int, pad_id: int = 0) -> None:
         self.max_rows, self.max_tokens, self.pad_id = max_rows, max_tokens, pad_id
+        self.replay: PixelReplay | None = None
         self.pads_right = False
         self.may_pad_tokens = self.may_pad_images = True
         self._max_new_tokens = max_new_tokens
@@ -98,7 +102,9 @@ class Batcher:
         self._learn(group)
         return len({self._shapes(sample) for sample in group}) > 1
 
-    def collate(self, group: Sequence[EncodedSample], *, num_extra_tokens: int = 0) -> dict[str, torch.Tensor]:
+    def collate(
+        self, group: Sequence[EncodedSample], *, num_extra_tokens: int = 0, without: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
         """One batch: the token dimension is padded on its side, all others on the right, with zeros.
 
         A processor called with one sample returns [1, ...] for what it keeps per sample (input_ids, the images of
@@ -106,6 +112,7 @@ class Batcher:
         both. Samples of one group have the same tensors, so text-only rows never meet rows with images.
 
         num_extra_tokens: columns of padding that even the longest prompt gets, to try what a model makes of them.
+        without: tensors whose content nobody will read; of their shape, all zeros, and without memory.
         """
         import torch
 
@@ -114,6 +121,9 @@ class Batcher:
         batch: dict[str, torch.Tensor] = {}
         for name in group[0].tensors:
             arrays = [sample.tensors[name] for sample in group]
+            if name in without:
+                batch[name] = _stand_in([array.shape for array in arrays], torch.from_numpy(arrays[0][:0]).dtype)
+                continue
             if self._along_tokens(group[0], name):
                 fill = self.pad_id if name == "input_ids" else 0
                 arrays = [_padded(array, num_tokens, fill, right=self.pads_right) for array in arrays]
@@ -121,7 +131,25 @@ class Batcher:
                 shape = np.max([array.shape[1:] for array in arrays], axis=0)
                 arrays = [_padded_right(array, shape) for array in arrays]
             batch[name] = torch.from_numpy(np.concatenate(arrays))
-        return batch
+        return batch | self._made(group, without)
+
+    def expanded(self, sample: EncodedSample) -> EncodedSample:
+        """A sample whose images are tensors, as the processor alone would have given them."""
+        return sample if self.replay is None else self.replay.expanded(sample)
+
+    def _made(self, group: Sequence[EncodedSample], without: Collection[str]) -> dict[str, torch.Tensor]:
+        """The tensors of compact images, made on the device."""
+        import torch
+
+        compacts = [sample.compact for sample in group if sample.compact is not None]
+        if not compacts:
+            return {}
+        names = list(compacts[0].shapes)
+        if all(name in without for name in names):
+            return {name: _stand_in([compact.shapes[name] for compact in compacts], torch.float32) for name in names}
+        assert self.replay is not None, "compact images need a batcher with a replay"
+        made = [self.replay.tensors(compact) for compact in compacts]
+        return {name: _joined([one[name] for one in made]) for name in names}
 
     def _learn(self, samples: Sequence[EncodedSample]) -> None:
         """Which tensors have one entry for each token shows in their shapes: a single deviation is the proof.
@@ -141,8 +169,7 @@ class Batcher:
     def _shapes(self, sample: EncodedSample) -> tuple[tuple[int, ...], ...]:
         """What has to be equal in two samples, or padded: [1, tokens, ...] and [list, ...] without the first two."""
         return tuple(
-            array.shape[2:] if self._along_tokens(sample, name) else array.shape[1:]
-            for name, array in sorted(sample.tensors.items())
+            shape[2:] if self._along_tokens(sample, name) else shape[1:] for name, shape in sample.shapes.items()
         )
 
     def _fits(self, first: EncodedSample, other: EncodedSample) -> bool:
@@ -163,13 +190,42 @@ def _window(samples: Iterator[EncodedSample], max_rows: int) -> Iterator[Encoded
     size_bytes = 0
     for sample in islice(samples, max_rows):
         yield sample
-        size_bytes += sum(array.nbytes for array in sample.tensors.values())
+        size_bytes += sample.num_bytes
         if size_bytes > _WINDOW_BYTES:
             return
 
 
 def _names(sample: EncodedSample) -> tuple[str, ...]:
-    return tuple(sorted(sample.tensors))
+    return (*sample.shapes, "compact" if sample.compact else "")
+
+
+def _stand_in(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in the shape of several tensors joined."""
+    import torch
+
+    rest = [max(extents) for extents in zip(*(shape[1:] for shape in shapes), strict=True)]
+    return torch.zeros((), dtype=dtype).expand(sum(shape[0] for shape in shapes), *rest)
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Along the first dimension, all others padded on the right."""
+    import torch
+    from torch.nn import functional
+
+    if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        shape = np.max([tuple(tensor.shape[1:]) for tensor in tensors], axis=0)
+        widths = [
+            [
+                width
+                for wanted, have in zip(shape[::-1], tensor.shape[:0:-1], strict=True)
+                for width in (0, wanted - have)
+            ]
+            for tensor in tensors
+        ]
+        tensors = [
+            functional.pad(tensor, [int(one) for one in width]) for tensor, width in zip(tensors, widths, strict=True)
+        ]
+    return torch.cat(list(tensors))
 
 
 def _step(extent: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,7 +51,9 @@ class Batcher(Protocol):
 
     def pads_images(self, group: Sequence[EncodedSample]) -> bool: ...
 
-    def collate(self, group: Sequence[EncodedSample], *, num_extra_tokens: int = 0) -> dict[str, torch.Tensor]: ...
+    def collate(
+        self, group: Sequence[EncodedSample], *, num_extra_tokens: int = 0, without: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass(slots=True)
@@ -65,11 +67,12 @@ class EngineCounts:
     num_decode_rows: int = 0  # rows computed over all decode steps, finished ones included
     num_generated_tokens: int = 0
     num_out_of_memory: int = 0
+    num_failed_batches: int = 0  # of several rows, halved until the rows at fault stood alone
     num_images_encoded: int = 0  # rows whose images went through the vision tower; slots only
-    vision_seconds: float = 0.0
+    trial_seconds: float = 0.0  # in which the model was tried and the fastest ways measured, before its first rows
+    vision_seconds: float = 0.0  # slots only: the static engine has the model encode images within prefill
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    num_failed_batches: int = 0  # of several rows, halved until the rows at fault stood alone
 
 
 @dataclass(frozen=True, slots=True)

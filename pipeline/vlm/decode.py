@@ -9,6 +9,7 @@ Shapes: B rows in the batch, T prompt tokens with padding (later: and answer tok
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,12 +55,14 @@ class DecodeLoop:
         past_BT = _past(input_ids, mask_BT) if logits_processor else None
         carried: dict[str, torch.Tensor] | None = None
         last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        began = time.perf_counter()
         while True:
             if past_BT is not None:
                 logits_BV = logits_processor(past_BT, logits_BV.float())
             token_B = self._choose(rows, logits_BV, seen_BV)
             live = [place for place, row in enumerate(rows) if not row.done]
             if not live:
+                self._counts.decode_seconds += time.perf_counter() - began
                 return input_ids
             if past_BT is not None:
                 past_BT = torch.cat([past_BT, token_B[:, None]], dim=1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ class Fit:
         self._bound = _BOUND_FLOAT32 if model.dtype == torch.float32 else _BOUND_HALF
         self._several_rows = batcher.max_rows > 1  # else nothing is ever padded
         self._tried: set[tuple[str, frozenset[str]]] = set()  # what was, on samples with which tensors
+        self._seconds = 0.0
         self.own_loop = is_encoder_decoder
         batcher.pads_right = is_encoder_decoder
 
@@ -64,9 +66,15 @@ class Fit:
         for group in self._batcher.groups(samples):
             yield from self._settled(group)
 
+    def spent_seconds(self) -> float:
+        """What trials took since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
     def _settled(self, group: list[EncodedSample]) -> Iterator[list[EncodedSample]]:
-        before = self._allowed
+        before, began = self._allowed, time.perf_counter()
         self._try(group)
+        self._seconds += time.perf_counter() - began
         if self._allowed == before:
             yield group
             return
@@ -78,7 +86,7 @@ class Fit:
         return (self._batcher.may_pad_tokens, self._batcher.may_pad_images)
 
     def _try(self, group: Sequence[EncodedSample]) -> None:
-        batcher, names = self._batcher, frozenset(group[0].tensors)  # rows without images may fare otherwise
+        batcher, names = self._batcher, frozenset(group[0].shapes)  # rows without images may fare otherwise
         try:
             if ("prompt", names) not in self._tried:
                 before = self._allowed
@@ -113,7 +121,7 @@ class Fit:
 
     def _try_images(self, group: Sequence[EncodedSample]) -> None:
         """The sample with the smallest images, alone and beside one with which they are padded."""
-        by_size = sorted(group, key=lambda sample: sum(sum(array.shape) for array in sample.tensors.values()))
+        by_size = sorted(group, key=lambda sample: sum(map(sum, sample.shapes.values())))
         first = by_size[0]
         other = next(sample for sample in reversed(by_size) if self._batcher.pads_images([first, sample]))
         truth_SV, tokens = self._logits([first])

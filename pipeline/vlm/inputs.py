@@ -48,8 +48,12 @@ class ModelInputs:
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor on the model's device; numbers with a fraction in its arithmetic."""
-        tensor = tensor.to(self._device, non_blocking=True)
-        return tensor.to(self._model.dtype) if tensor.is_floating_point() else tensor
+        dtype = self._model.dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.numel() > 1 and not any(tensor.stride()):  # a stand-in that nobody reads: it stays without memory
+            return tensor.new_zeros((), dtype=dtype, device=self._device).expand(tensor.shape)
+        if self._device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True).to(dtype)
 
 
 def transformers_settings(loaded: LoadedModel, settings: GenerationSettings, ending: Ending) -> Any:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import RunFailed
 from pipeline.vlm.architecture import model_class, model_config, skeleton
 from pipeline.vlm.attention import check_kernel, chosen_kernel, kernel_text
-from pipeline.vlm.device import check_fits, input_device, placement
+from pipeline.vlm.device import check_fits, input_device, keep_freed_memory, placement
 from pipeline.vlm.identity import ModelIdentity, stored_quantization
 from pipeline.vlm.options import VlmConfig
 from pipeline.vlm.quantize import (
@@ -112,6 +112,7 @@ def load_model(options: VlmConfig, identity: ModelIdentity, *, num_threads: int)
         # cuDNN's convolutions would round their inputs to 10 bits (TF32): float32 answers are exact here.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cpu":
+        keep_freed_memory()
         torch.set_num_threads(1 if model.num_parameters() < 20_000_000 else max(1, num_threads))
     return LoadedModel(
         model=model.eval().requires_grad_(False),

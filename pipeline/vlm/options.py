@@ -29,6 +29,15 @@ class Attention(Enum):
     eager = "eager"
 
 
+class ImageTransfer(Enum):
+    """How far worker processes take an image; the rest of its processing runs beside the model, with the same bits."""
+
+    auto = "auto"
+    processed = "processed"
+    resized = "resized"
+    decoded = "decoded"
+
+
 class DecodeAttention(Enum):
     """What attends to the slots; auto is the faster on this machine."""
 
@@ -97,6 +106,11 @@ class EngineConfig:
     )
     parity_rows: int = option(
         8, "rows answered alone and as a batch before a long run, and compared; 0 = none", speed=True, least=0
+    )
+    image_transfer: ImageTransfer = option(
+        ImageTransfer.auto,
+        "what workers send of an image: processed, resized or decoded pixels; auto = decoded for a GPU, else processed",
+        speed=True,
     )
     num_workers: int | None = option(
         None, "processes that open and encode images; null = from the cores", speed=True, least=1

@@ -10,8 +10,9 @@ Shapes: S steps of an answer, V tokens of the vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -45,11 +46,14 @@ class Parity:
     num_pictures_changed: int | None  # rows whose answer hangs on their picture, of 3 tried; None without pictures
 
 
-class ParityCheck:
-    """Of one run: looks at its first rows, once."""
+Expand = Callable[[EncodedSample], EncodedSample]
 
-    def __init__(self, engine: TracingEngine, *, num_rows: int) -> None:
-        self._engine, self._num_rows = engine, num_rows
+
+class ParityCheck:
+    """Of one run: looks at its first rows, once. expanded: gives a sample whose images are tensors, not compact."""
+
+    def __init__(self, engine: TracingEngine, *, num_rows: int, expanded: Expand | None = None) -> None:
+        self._engine, self._num_rows, self._expanded = engine, num_rows, expanded
         self.result: Parity | None = None
 
     @property
@@ -69,10 +73,10 @@ class ParityCheck:
             RunFailed: pictures do not reach the model, or go to the wrong rows; or float32 answers hang on the batch.
         """
         if samples:
-            self.result = check_parity(self._engine, samples)
+            self.result = check_parity(self._engine, samples, self._expanded)
 
 
-def check_parity(engine: TracingEngine, samples: Sequence[EncodedSample]) -> Parity:
+def check_parity(engine: TracingEngine, samples: Sequence[EncodedSample], expanded: Expand | None = None) -> Parity:
     """Answer samples alone and together, and compare.
 
     Raises:
@@ -97,7 +101,7 @@ def check_parity(engine: TracingEngine, samples: Sequence[EncodedSample]) -> Par
         first_difference={"id": apart[0][1], "step": apart[0][0]} if apart else None,
         logit_error=max(errors, default=None),
         dtype=engine.dtype,
-        num_pictures_changed=_pictures(engine, samples),
+        num_pictures_changed=_pictures(engine, samples, expanded),
     )
     _judge(result)
     return result
@@ -135,14 +139,15 @@ def _judge(result: Parity) -> None:
         log.info("parity: %s (largest logit difference %.1e of the largest logit)", found, error)
 
 
-def _pictures(engine: TracingEngine, samples: Sequence[EncodedSample]) -> int | None:
+def _pictures(engine: TracingEngine, samples: Sequence[EncodedSample], expanded: Expand | None) -> int | None:
     """How many of the rows tried answer otherwise once their pictures are gone.
 
     Raises:
         RunFailed: none does, or a row's logits in a batch are those of another row's picture.
     """
     num_tried = num_changed = 0
-    for sample in [one for one in samples if one.facts.num_images and _has_content(one)][:_MAX_PICTURES]:
+    pictured = (expanded(one) if expanded else one for one in samples if one.facts.num_images)
+    for sample in islice(filter(_has_content, pictured), _MAX_PICTURES):
         # Two steps: some models' first token is the same for all (forced_bos_token_id).
         shown = [replace(one, max_new_tokens=2) for one in (sample, _repainted(sample, -1), _repainted(sample, _FADED))]
         alone = _telling_logits([trace for one in shown for trace in engine.trace([one])])

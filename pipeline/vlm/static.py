@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -87,6 +88,7 @@ class StaticEngine:
         for group in self._fit.groups(samples):
             if self._stop.requested:
                 return
+            self.counts.trial_seconds += self._fit.spent_seconds()
             for generation in self._generated(group):
                 yield self._ending.answer(generation)
             self._recover()
@@ -115,6 +117,7 @@ class StaticEngine:
                 }
         finally:
             self.counts, self.on_token = counts, on_token
+            self.counts.trial_seconds += self._fit.spent_seconds()
         return [found.get(id(sample)) for sample in samples]
 
     def _generated(self, group: Sequence[EncodedSample]) -> list[Generation]:
@@ -177,7 +180,10 @@ class StaticEngine:
             OwnLoop(generations, self._choose, needs_history=needs_history).run(self._model, batch, settings)
         else:
             loop = DecodeLoop(generations, self._choose, self.counts, needs_history=needs_history)
+            began, decode_seconds = time.perf_counter(), self.counts.decode_seconds
             self._model.generate(**batch, generation_config=settings, custom_generate=loop)
+            in_decode = self.counts.decode_seconds - decode_seconds
+            self.counts.prefill_seconds += time.perf_counter() - began - in_decode
         self.counts.num_generated_tokens += sum(len(generation.tokens) for generation in generations)
 
     def _shrink(self, generations: Sequence[Generation]) -> None:

@@ -26,8 +26,9 @@ from tiny_processors import (
 )
 
 from pipeline.preparation import Preparation
-from pipeline.records import EncodedSample
+from pipeline.records import EncodedSample, PromptFacts, RecordKey
 from pipeline.tensors import recording, resize
+from pipeline.tensors.batch import Batcher
 from pipeline.tensors.probe import question
 from pipeline.tensors.processor import Encoded, Processor, ProcessorSource
 from pipeline.tensors.proof import compact_flaw
@@ -205,6 +206,31 @@ def test_the_engine_gets_the_sample_that_the_processor_alone_would_have_made(tmp
         found.compact.shapes
     )
     assert PixelReplay().expand(truth) == {}
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3, tiles"])
+def test_a_batch_of_compact_images_is_the_batch_of_their_tensors(processors: dict[str, Processor], name: str) -> None:
+    """Images of several sizes: of those that are cut into tiles some have more, and the others are padded."""
+    batches = {}
+    for shipping in ("processed", "decoded"):
+        processor, batcher = processors[name], Batcher(max_rows=4, max_tokens=10_000, max_new_tokens=4)
+        batcher.replay = PixelReplay()
+        processor.ship(shipping, at_once=True)  # type: ignore[arg-type]
+        group = [
+            EncodedSample(
+                RecordKey(number, "default", 0), str(number), found.tensors, PromptFacts(), compact=found.compact
+            )
+            for number, size in enumerate(((40, 30), (30, 90), (64, 64)))
+            if (found := processor.encode(question(1), [noise(*size, number)]))
+        ]
+        assert all((sample.compact is not None) == (shipping == "decoded") for sample in group)
+        batches[shipping] = batcher.collate(group)
+        shapes = {key: tensor.shape for key, tensor in batches[shipping].items()}
+        stand_ins = batcher.collate(group, without=[key for key in shapes if key.startswith("pixel")])
+        assert {key: tensor.shape for key, tensor in stand_ins.items()} == shapes
+        assert not stand_ins["pixel_values"].any()
+        assert stand_ins["pixel_values"].untyped_storage().nbytes() <= 4
+    assert same_bits(batches["decoded"], batches["processed"])
 
 
 def test_half_precision_is_the_rounded_float32(processors: dict[str, Processor]) -> None:

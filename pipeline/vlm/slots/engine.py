@@ -7,7 +7,9 @@ tried for themselves. What the trial refuses is answered by the static engine, a
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _WINDOW_SLOTS = 8  # samples that are sorted together, for each slot
 _REFILL_SHARE = 8  # an eighth of the slots is refilled at once
+# Of prompts at a time. A CPU is busy with 500, and large results cost it memory that is not at hand.
+_PREFILL_TOKENS = {"cpu": 1024, "gpu": 16_384}
 _CALM_ANSWERS = 256  # after so many without trouble a budget that shrank doubles
 _FEATURE_BYTES = 1 << 30
 _CELLS_OF_A_TRIAL = 1 << 16
@@ -80,7 +84,9 @@ class SlotsEngine:
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
         self._max_cells = options.max_slot_tokens or _CELLS_OF_A_TRIAL
         self._max_slots = options.max_batch_rows
-        self._max_prefill_tokens = self._full_prefill_tokens = 2048 if loaded.device.type == "cpu" else 16_384
+        self._max_prefill_tokens = self._full_prefill_tokens = _PREFILL_TOKENS[
+            "cpu" if loaded.device.type == "cpu" else "gpu"
+        ]
         self._num_calm_answers = 0
         self._counts = EngineCounts()
         self.counts = self._counts
@@ -155,6 +161,7 @@ class SlotsEngine:
                     if row.fault is None:
                         found[id(row.sample)] = Trace(tuple(row.tokens), row.logits_SV or [])
         finally:
+            counts.trial_seconds += self.counts.trial_seconds
             self.counts, self.on_token = counts, on_token
         return [found.get(id(sample)) for sample in samples]
 
@@ -319,26 +326,39 @@ class SlotsEngine:
 
     def _fit(self, group: Sequence[Waiting]) -> bool:
         """Whether the slots serve rows like these; tried once for each set of tensors."""
-        names = frozenset(group[0].sample.tensors)
+        names = frozenset(group[0].sample.shapes)
         if names not in self.fits:
-            self.fits[names] = self._try(group)
+            with self._timed_trial():
+                self.fits[names] = self._try(group)
         return self.fits[names]
 
     def _fit_shared(self, group: Sequence[Waiting]) -> bool:
         """Whether the model's prompts may go on from a prefix; tried once."""
         if self._shares is None:
-            try:
-                trial = Trial(self._model, self._batcher, self._inputs, self._transformers_settings, group[:2])
-                error = self._error(trial)
-                self._shares = error <= trial.bound
-                log.info("slots: prompts that begin alike: logits agree to %.0e of the largest", error)
-            except Exception as problem:  # whatever a model finds to say about our way of calling it
-                self._judged(problem)
-                self._shares = False
-                log.info("slots: prompts that begin alike: %s: %s", *described(problem))
-            if not self._shares:
-                log.info("slots: each prompt is computed from its beginning")
+            with self._timed_trial():
+                self._shares = self._try_shared(group)
         return self._shares
+
+    @contextmanager
+    def _timed_trial(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.counts.trial_seconds += time.perf_counter() - began
+
+    def _try_shared(self, group: Sequence[Waiting]) -> bool:
+        try:
+            trial = Trial(self._model, self._batcher, self._inputs, self._transformers_settings, group[:2])
+            error = self._error(trial)
+        except Exception as problem:  # whatever a model finds to say about our way of calling it
+            self._judged(problem)
+            log.info("slots: each prompt is computed from its beginning (%s: %s)", *described(problem))
+            return False
+        log.info("slots: prompts that begin alike: logits agree to %.0e of the largest", error)
+        if error > trial.bound:
+            log.info("slots: each prompt is computed from its beginning")
+        return error <= trial.bound
 
     def _try(self, group: Sequence[Waiting]) -> bool:
         group = [Waiting(one.sample) for one in group]

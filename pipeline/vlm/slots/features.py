@@ -8,6 +8,7 @@ model can be served so is not known from its name: the trial at the start compar
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,16 @@ class ImageFeatures:
 
     def fits(self, sample: EncodedSample) -> bool:
         """Whether a sample has images that the model encodes by this one function."""
-        return self._original is not None and any(_is_pixels(sample, name) for name in self._taken(sample))
+        return self._original is not None and bool(self.unread(sample))
+
+    def unread(self, sample: EncodedSample) -> list[str]:
+        """The tensors that nothing but the encoding of images looks at: pixels and their masks."""
+        compact = sample.compact.shapes if sample.compact else {}
+        return [
+            name
+            for name in self._taken(sample)
+            if name in compact or sample.tensors[name].dtype.kind == "f" or sample.tensors[name].ndim > 3
+        ]
 
     @contextmanager
     def serving(self, samples: Sequence[EncodedSample]) -> Iterator[None]:
@@ -84,11 +94,12 @@ class ImageFeatures:
     def _groups(self, new: Sequence[tuple[str, EncodedSample]]) -> Iterator[list[tuple[str, EncodedSample]]]:
         by_shape: dict[Any, list[tuple[str, EncodedSample]]] = {}
         for key, sample in new:
-            shape = tuple((name, sample.tensors[name].shape) for name in self._taken(sample))
+            shapes = sample.shapes
+            shape = tuple((name, shapes[name]) for name in self._taken(sample))
             by_shape.setdefault(shape, []).append((key, sample))
         for alike in by_shape.values():
             _, first = alike[0]
-            num_bytes = sum(first.tensors[name].nbytes for name in self._taken(first))
+            num_bytes = sum(4 * math.prod(first.shapes[name]) for name in self._taken(first))
             step = max(1, min(_GROUP_ROWS, _GROUP_BYTES // max(1, num_bytes)))
             for start in range(0, len(alike), step):
                 yield alike[start : start + step]
@@ -108,7 +119,7 @@ class ImageFeatures:
         return parts
 
     def _taken(self, sample: EncodedSample) -> list[str]:
-        return sorted(self._names & set(sample.tensors) - {"input_ids", "attention_mask"})
+        return sorted(self._names & set(sample.shapes) - {"input_ids", "attention_mask"})
 
     def _keep(self, key: str, part: Any) -> None:
         self._kept[key] = part
@@ -120,10 +131,6 @@ class ImageFeatures:
 
 def _key(sample: EncodedSample) -> str:
     return sample.image_key or f"only {id(sample)}"
-
-
-def _is_pixels(sample: EncodedSample, name: str) -> bool:
-    return bool(sample.tensors[name].dtype.kind == "f")
 
 
 # What a vision tower returns: a ModelOutput, of which `pooler_output` is a tensor or one tensor for each image, and

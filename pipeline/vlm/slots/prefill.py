@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,7 +113,10 @@ class Prefill:
         return self._whole([one.sample for one in different]), of_sample
 
     def _whole(self, samples: Sequence[EncodedSample]) -> Prefilled:
-        batch = self._inputs(self._batcher.collate(samples))
+        features = self._features
+        served = features is not None and all(features.fits(sample) for sample in samples)
+        unread = features.unread(samples[0]) if features is not None and served else []
+        batch = self._inputs(self._batcher.collate(samples, without=unread))
         found: list[Prefilled] = []
 
         def first_forward(
@@ -137,7 +140,7 @@ class Prefill:
             found.append(Prefilled(model, logits_BV, layers, spans, position, seen_BV))
             return input_ids
 
-        with self._serving(samples):
+        with features.serving(samples) if features is not None and served else nullcontext():
             self._model.generate(
                 **batch,
                 generation_config=self._settings,
@@ -145,14 +148,6 @@ class Prefill:
                 custom_generate=first_forward,
             )
         return found[0]
-
-    @contextmanager
-    def _serving(self, samples: Sequence[EncodedSample]) -> Iterator[None]:
-        if self._features is not None and all(self._features.fits(sample) for sample in samples):
-            with self._features.serving(samples):
-                yield
-        else:
-            yield
 
     # Prompts with a shared prefix -------------------------------------------------------------------------------
 

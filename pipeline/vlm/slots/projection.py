@@ -30,6 +30,7 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "
 _PROBED_ROWS = (16, 64, 512)
 _BORDERS = (24, 128)  # rows from which on the next of them tells
 _PROBED_OUTPUTS = 4096
+_PROBED_BYTES = 96 << 20
 _WORTH = 1.05  # a copy of all weights has to be faster by so much
 
 # input [M, K] -> output [M, N]
@@ -75,26 +76,31 @@ class Choice:
         return ", ".join(f"{rows} rows: {name}" for rows, name in zip(_PROBED_ROWS, self.names, strict=True))
 
 
-def probed(weight_NK: torch.Tensor) -> Choice:
-    """Measure which kernel is fastest on this machine for each number of rows, on one weight of the model."""
-    weight_NK = weight_NK[:_PROBED_OUTPUTS].contiguous()
-    kinds = ["plain", "packed"] + ["packed float32"] * (weight_NK.dtype != torch.float32)
+def probed(weights_NK: Sequence[torch.Tensor]) -> Choice:
+    """Measure which kernel is fastest on this machine for each number of rows.
+
+    weights_NK: of one shape; several, as a step reads each weight once, from memory and not from a cache.
+    """
+    weights_NK = [weight_NK[:_PROBED_OUTPUTS].contiguous() for weight_NK in weights_NK]
+    kinds = ["plain", "packed"] + ["packed float32"] * (weights_NK[0].dtype != torch.float32)
     try:
-        products = {name: _KERNELS[name](weight_NK, None) for name in kinds}
-        return Choice(tuple(_fastest(products, weight_NK, num_rows) for num_rows in _PROBED_ROWS))
+        products = {name: [_KERNELS[name](weight_NK, None) for weight_NK in weights_NK] for name in kinds}
+        return Choice(tuple(_fastest(products, weights_NK[0], num_rows) for num_rows in _PROBED_ROWS))
     except (RuntimeError, AttributeError, NotImplementedError) as problem:  # a torch built without oneDNN
         log.info("weights are not packed: %s", str(problem).split("\n")[0])
         return Choice()
 
 
-def _fastest(products: dict[str, Product], weight_NK: torch.Tensor, num_rows: int) -> str:
-    x_MK = weight_NK.new_ones(num_rows, weight_NK.shape[1])
+def _fastest(products: dict[str, list[Product]], like_NK: torch.Tensor, num_rows: int) -> str:
+    x_MK = like_NK.new_ones(num_rows, like_NK.shape[1])
     seconds: dict[str, float] = {}
     for _ in range(4):  # in turns, so that a busy machine slows them alike
-        for name, product in products.items():
+        for name, several in products.items():
+            few = several if num_rows < _BORDERS[1] else several[:1]
             began = time.perf_counter()
-            product(x_MK)
-            taken = time.perf_counter() - began
+            for product in few:
+                product(x_MK)
+            taken = (time.perf_counter() - began) / len(few)
             seconds[name] = min(taken, seconds.get(name, taken))
     best = min(seconds, key=lambda name: seconds[name])
     return best if seconds["plain"] > _WORTH * seconds[best] else "plain"
@@ -175,7 +181,7 @@ class Projections:
         self.choice = Choice()
         linears: list[Any] = [module for module in model.modules() if _is_plain(module)]
         if pack and linears and linears[0].weight.device.type == "cpu":
-            self.choice = probed(max(linears, key=lambda layer: layer.weight.numel()).weight)
+            self.choice = probed(_largest_alike(linears))
             needed = self.choice.copy_factor * sum(layer.weight.nbytes for layer in linears)
             if needed > free_bytes:
                 log.info("weights are not packed: copies take %.1f GiB, and there is less", needed / (1 << 30))
@@ -202,6 +208,15 @@ class Projections:
         for place, (name, layer) in enumerate(zip(names, layers, strict=True)):
             self._replaced.append((parent, name, layer))
             setattr(parent, name, Projection(layer, joint, place))
+
+
+def _largest_alike(linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
+    """Weights of the shape that most of the work is done with, as many as a cache does not hold."""
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for layer in linears:
+        by_shape.setdefault(layer.weight.shape, []).append(layer.weight)
+    weights = max(by_shape.values(), key=lambda alike: sum(weight.numel() for weight in alike))
+    return weights[: max(1, _PROBED_BYTES // weights[0].nbytes)]
 
 
 def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:

@@ -6,6 +6,7 @@ them their shards.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Queue:
                 self._stream_ended = True
                 break
             self._arrived.append(sample)
-            self._arrived_bytes += sum(array.nbytes for array in sample.tensors.values())
+            self._arrived_bytes += sample.num_bytes
         return self._stream_ended or len(self._window) + len(self._arrived) >= num_rows
 
     def put_back(self, waiting: Iterable[Waiting]) -> None:
@@ -106,13 +107,19 @@ class Queue:
         families: dict[object, list[EncodedSample]] = {}
         for sample in self._batcher.sorted(arrived):  # a family stands where its longest prompt does
             families.setdefault(sample.image_key or id(sample), []).append(sample)
-        for family in families.values():
+        # Where rows have caps of their own, those with long ones begin first: the last rows to end are short ones.
+        for family in sorted(families.values(), key=lambda family: -_size_class(family[0].max_new_tokens or 0)):
             num_shared = self._shared(family) if self._shared else 0
             self._window.extend(Waiting(sample, num_shared) for sample in family)
 
     @property
     def _ready(self) -> bool:
         return bool(getattr(self._samples, "ready", True))
+
+
+def _size_class(cap: int) -> int:
+    """Caps within a factor of 1.4 are much the same."""
+    return round(2 * math.log2(cap)) if cap else 0
 
 
 class SharedPrefix:
