@@ -69,7 +69,7 @@ class EngineCounts:
     num_out_of_memory: int = 0
     num_failed_batches: int = 0  # of several rows, halved until the rows at fault stood alone
     num_images_encoded: int = 0  # rows whose images went through the vision tower; slots only
-    trial_seconds: float = 0.0  # in which the model was tried and the fastest ways measured, before its first rows
+    trial_seconds: float = 0.0  # of trials before the first rows: what the model bears, what is fastest, parity
     vision_seconds: float = 0.0  # slots only: the static engine has the model encode images within prefill
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -86,6 +86,7 @@ class Trace:
 class TracingEngine(Protocol):
     """An engine that shows its work."""
 
+    counts: EngineCounts
     max_new_tokens: int
 
     @property
@@ -101,7 +102,6 @@ class TracingEngine(Protocol):
 class Engine(TracingEngine, Protocol):
     """A way to generate."""
 
-    counts: EngineCounts
     on_token: OnToken | None  # a search over beams knows its tokens only at the end and does not call it
 
     @property

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from pipeline.errors import RunFailed
+
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -20,6 +22,16 @@ def is_out_of_memory(problem: Exception) -> bool:
 def is_fatal(problem: Exception) -> bool:
     """After these the device answers nothing more: the next rows are not at fault."""
     return not is_out_of_memory(problem) and ("CUDA error" in str(problem) or "device-side assert" in str(problem))
+
+
+def raise_fatal(problem: Exception) -> None:
+    """Go on after anything else.
+
+    Raises:
+        RunFailed: the device answers nothing more.
+    """
+    if is_fatal(problem):
+        raise RunFailed(f"the accelerator failed and cannot go on: {problem}") from problem
 
 
 def described(problem: Exception) -> tuple[str, str]:

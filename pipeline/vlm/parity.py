@@ -10,6 +10,7 @@ Shapes: S steps of an answer, V tokens of the vocabulary.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -72,8 +73,11 @@ class ParityCheck:
         Raises:
             RunFailed: pictures do not reach the model, or go to the wrong rows; or float32 answers hang on the batch.
         """
-        if samples:
-            self.result = check_parity(self._engine, samples, self._expanded)
+        if not samples:
+            return
+        began, before = time.perf_counter(), self._engine.counts.trial_seconds
+        self.result = check_parity(self._engine, samples, self._expanded)
+        self._engine.counts.trial_seconds = before + time.perf_counter() - began  # the engine's own trials included
 
 
 def check_parity(engine: TracingEngine, samples: Sequence[EncodedSample], expanded: Expand | None = None) -> Parity:

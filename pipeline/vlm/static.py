@@ -21,7 +21,7 @@ from pipeline.vlm.answer import Ending, Generation
 from pipeline.vlm.base import Batcher, EngineCounts, OnToken, StopSignal, Trace
 from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.decode import DecodeLoop
-from pipeline.vlm.failure import described, is_fatal, is_out_of_memory, release_memory
+from pipeline.vlm.failure import described, is_out_of_memory, raise_fatal, release_memory
 from pipeline.vlm.fit import Fit
 from pipeline.vlm.generation import GenerationSettings
 from pipeline.vlm.inputs import ModelInputs, transformers_settings
@@ -147,8 +147,7 @@ class StaticEngine:
         except (Interrupted, RunFailed):
             raise
         except Exception as problem:  # any row may bring a model down in its own way: isolated, recorded, counted
-            if is_fatal(problem):
-                raise RunFailed(f"the accelerator failed and cannot go on: {problem}") from problem
+            raise_fatal(problem)
             found, out_of_memory = described(problem), is_out_of_memory(problem)
         if out_of_memory:
             self._shrink(generations)

@@ -194,7 +194,7 @@ class Observed:
         """Whether the slots answered all of these."""
         if not isinstance(self.engine, SlotsEngine):
             return False
-        return all(self.engine.fits.get(frozenset(row.tensors), False) for row in given)
+        return all(self.engine.fit.verdicts.get(frozenset(row.shapes), False) for row in given)
 
     @property
     def own_loop(self) -> bool:

@@ -11,18 +11,30 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pipeline.records import EncodedSample
 from pipeline.vlm.answer import Generation
 from pipeline.vlm.base import EngineCounts
-from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.slots.attention import NAME
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.queue import Waiting
+
+
+class Choose(Protocol):
+    """Gives each row its next token (pipeline.vlm.choice); a trial gives those that it knows."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether it wants to know which tokens a row has had."""
+        ...
+
+    def __call__(
+        self, generations: Sequence[Generation], logits_BV: torch.Tensor, seen_BV: torch.Tensor | None, /
+    ) -> torch.Tensor: ...
 
 
 @dataclass(slots=True)
@@ -40,7 +52,7 @@ class LiveRows:
 class SlotLoop:
     """Rows in slots. `admit` and `step` are the two moves; what is done leaves with the next `arrange`."""
 
-    def __init__(self, prefill: Prefill, memory: SlotMemory, choose: TokenChoice, counts: EngineCounts) -> None:
+    def __init__(self, prefill: Prefill, memory: SlotMemory, choose: Choose, counts: EngineCounts) -> None:
         self._prefill, self._memory = prefill, memory
         self._choose, self._counts = choose, counts
         self._rows: LiveRows | None = None

@@ -85,7 +85,7 @@ class Prefill:
         self._model, self._batcher, self._inputs = model, batcher, inputs
         self._settings = copy.copy(settings)
         self._settings.max_new_tokens = 1
-        self._features, self._needs_history = features, needs_history
+        self.features, self._needs_history = features, needs_history
         self._prefixes: OrderedDict[tuple[str, bytes], _Prefix] = OrderedDict()
         self.num_computed_tokens = 0  # padding included
 
@@ -113,7 +113,7 @@ class Prefill:
         return self._whole([one.sample for one in different]), of_sample
 
     def _whole(self, samples: Sequence[EncodedSample]) -> Prefilled:
-        features = self._features
+        features = self.features
         served = features is not None and all(features.fits(sample) for sample in samples)
         unread = features.unread(samples[0]) if features is not None and served else []
         batch = self._inputs(self._batcher.collate(samples, without=unread))

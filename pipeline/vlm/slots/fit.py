@@ -1,0 +1,222 @@
+"""What of a model the slots may use: tried on rows, before any row is answered so.
+
+Rows whose tensors have other names, say rows without an image, are tried for themselves. What a trial refuses is given
+up, the most dispensable first: the reuse of encoded images, then faster products, then the slots.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.records import EncodedSample
+from pipeline.vlm.base import Batcher, EngineCounts
+from pipeline.vlm.failure import described, free_bytes, raise_fatal
+from pipeline.vlm.inputs import ModelInputs
+from pipeline.vlm.load import LoadedModel
+from pipeline.vlm.options import DecodeAttention, SlotsConfig
+from pipeline.vlm.slots.attention import KERNELS, fastest
+from pipeline.vlm.slots.features import ImageFeatures
+from pipeline.vlm.slots.loop import Choose, SlotLoop
+from pipeline.vlm.slots.memory import Slot, SlotMemory
+from pipeline.vlm.slots.prefill import Prefill
+from pipeline.vlm.slots.projection import Projections
+from pipeline.vlm.slots.queue import Waiting
+from pipeline.vlm.slots.trial import Trial
+
+log = logging.getLogger(__name__)
+
+_FEATURE_BYTES = 1 << 30
+_CELLS_OF_A_TRIAL = 1 << 16
+# Of free memory, for keys and values: prompts need the rest, and on a CPU other programs.
+_FREE_SHARE, _FREE_SHARE_CPU = 0.8, 0.4
+_WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their products
+
+
+class SlotsFit:
+    """Held by an engine, whose `counts` it keeps."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batcher: Batcher,
+        inputs: ModelInputs,
+        settings: Any,
+        *,
+        options: SlotsConfig,
+        max_new_tokens: int,
+    ) -> None:
+        self._model, self._device = loaded.model, loaded.device
+        self._batcher, self._inputs, self._settings = batcher, inputs, settings
+        self._options, self._max_new_tokens = options, max_new_tokens
+        self.verdicts: dict[frozenset[str], bool] = {}  # by the names of a sample's tensors
+        self._shares: bool | None = None  # not known yet
+        self._features: ImageFeatures | None = None
+        if options.reuse_images:
+            self._features = ImageFeatures(loaded.model, batcher, inputs, max_bytes=_FEATURE_BYTES)
+        self._projections: Projections | None = None
+        self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
+        self._max_cells = options.max_slot_tokens or _CELLS_OF_A_TRIAL
+        self._prefill: Prefill | None = None
+        self._memory: SlotMemory | None = None
+        self.counts = EngineCounts()
+
+    @property
+    def counts(self) -> EngineCounts:
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: EngineCounts) -> None:
+        self._counts = counts
+        if self._features is not None:
+            self._features.counts = counts
+
+    @property
+    def serves_nothing(self) -> bool:
+        """Whether all trials have failed."""
+        return bool(self.verdicts) and not any(self.verdicts.values())
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """What may differ in the last bits between two runs."""
+        products = str(self._projections.choice) if self._projections else "plain"
+        return {"decode_attention": self._kernel, "products": products}
+
+    def loop(self, choose: Choose) -> tuple[SlotLoop, SlotMemory]:
+        """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
+        loop, self._prefill, self._memory = self._new_loop(choose)
+        return loop, self._memory
+
+    def _new_loop(self, choose: Choose) -> tuple[SlotLoop, Prefill, SlotMemory]:
+        memory = SlotMemory(
+            max_slots=self._options.max_batch_rows, max_cells=self._max_cells, kernel=KERNELS[self._kernel]
+        )
+        prefill = Prefill(
+            self._model,
+            self._batcher,
+            self._inputs,
+            self._settings,
+            self._features,
+            needs_history=choose.needs_history,
+        )
+        return SlotLoop(prefill, memory, choose, self.counts), prefill, memory
+
+    def serves(self, group: Sequence[Waiting]) -> bool:
+        """Whether the slots serve rows like these; tried once for each set of tensors."""
+        names = frozenset(group[0].sample.shapes)
+        if names not in self.verdicts:
+            with self._timed():
+                self.verdicts[names] = self._try(group)
+        return self.verdicts[names]
+
+    def shares(self, group: Sequence[Waiting]) -> bool:
+        """Whether the model's prompts may go on from a prefix; tried once."""
+        if self._shares is None:
+            with self._timed():
+                self._shares = self._try_shared(group)
+        return self._shares
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """A trial: it takes its time, and what it finds out is for the engine's slots."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.counts.trial_seconds += time.perf_counter() - began
+            if self._prefill is not None and self._memory is not None:
+                self._prefill.features = self._features
+                self._memory.max_cells, self._memory.kernel = self._max_cells, KERNELS[self._kernel]
+
+    def _try_shared(self, group: Sequence[Waiting]) -> bool:
+        try:
+            trial = Trial(self._model, self._batcher, self._inputs, self._settings, group[:2])
+            error = self._error(trial)
+        except Exception as problem:  # whatever a model finds to say about our way of calling it
+            raise_fatal(problem)
+            log.info("slots: each prompt is computed from its beginning (%s: %s)", *described(problem))
+            return False
+        log.info("slots: prompts that begin alike: logits agree to %.0e of the largest", error)
+        if error > trial.bound:
+            log.info("slots: each prompt is computed from its beginning")
+        return error <= trial.bound
+
+    def _try(self, group: Sequence[Waiting]) -> bool:
+        group = [Waiting(one.sample) for one in group]
+        try:
+            trial = Trial(self._model, self._batcher, self._inputs, self._settings, group)
+        except Exception as problem:  # a row may bring any model down: the static engine isolates it
+            raise_fatal(problem)
+            log.warning("slots: generate() itself failed on the rows to try (%s: %s)", *described(problem))
+            return False
+        self._speed_up()
+        while True:
+            try:
+                error = self._error(trial)
+                difference = f"logits differ by {error:.1e} of the largest"
+            except Exception as problem:  # whatever a model finds to say about our way of calling it
+                raise_fatal(problem)
+                error, difference = float("inf"), ": ".join(described(problem))
+            if error <= trial.bound:
+                log.info(
+                    "slots: logits agree with generate() to %.0e of the largest (allowed: %.0e)", error, trial.bound
+                )
+                return True
+            if self._features is not None:
+                self._features = None
+                log.info("slots: images are encoded with their prompts, as otherwise %s", difference)
+            elif self._projections is not None:
+                self._projections.restore()
+                self._projections = None
+                log.info("slots: projections are left as they are, as otherwise %s", difference)
+            else:
+                log.warning("this model does not fit the slots engine (%s); padded batches answer its rows", difference)
+                return False
+
+    def _speed_up(self) -> None:
+        """Once, after the model as it is has told the truth: its products faster, and the faster attention."""
+        options = self._options
+        if self._projections is None and not self.verdicts and (options.fused_projections or options.packed_weights):
+            self._projections = Projections(
+                self._model,
+                fuse=options.fused_projections,
+                pack=options.packed_weights and self._model.num_parameters() >= _WORTH_PACKING,
+                free_bytes=free_bytes(self._device) // 2,
+            )
+
+    def _error(self, trial: Trial) -> float:
+        counts = self.counts
+        self.counts = EngineCounts()
+        try:
+            memories: list[SlotMemory] = []
+
+            def build(choose: Choose) -> SlotLoop:
+                loop, _, memory = self._new_loop(choose)
+                memories.append(memory)
+                return loop
+
+            def reserve(sample: EncodedSample) -> Slot:
+                slot = memories[0].reserve(sample.num_tokens + 64)
+                assert slot is not None
+                return slot
+
+            error = trial.error(build, reserve)
+            if not self.verdicts:
+                self._size(memories[0], max(one.sample.num_tokens for one in trial.waiting))
+            return error
+        finally:
+            self.counts = counts
+
+    def _size(self, memory: SlotMemory, num_prompt_tokens: int) -> None:
+        """How much the slots may hold, from what is free; and what attends to them, where that is left to us."""
+        if self._options.max_slot_tokens is None:
+            share = _FREE_SHARE_CPU if self._device.type == "cpu" else _FREE_SHARE
+            self._max_cells = int(share * free_bytes(self._device)) // max(1, memory.bytes_per_token)
+        if self._options.decode_attention is DecodeAttention.auto:
+            text = self._model.config.get_text_config(decoder=True)
+            num_cells = num_prompt_tokens + self._max_new_tokens // 2
+            self._kernel = fastest(memory, num_heads=text.num_attention_heads, num_cells=num_cells)
+            log.info("slots: %s attends in decode steps, the faster of two on this machine", self._kernel)
