@@ -7,6 +7,7 @@ up, the most dispensable first: the reuse of encoded images, then faster product
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from pipeline.vlm.slots.trial import Trial
 log = logging.getLogger(__name__)
 
 _FEATURE_BYTES = 1 << 30
-_CELLS_OF_A_TRIAL = 1 << 16
+_FIRST_CELLS = 1 << 16  # until a trial has shown how large one is
 # Of free memory, for keys and values: prompts need the rest, and on a CPU other programs.
 _FREE_SHARE, _FREE_SHARE_CPU = 0.8, 0.4
 _WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their products
@@ -59,7 +60,7 @@ class SlotsFit:
             self._features = ImageFeatures(loaded.model, batcher, inputs, max_bytes=_FEATURE_BYTES)
         self._projections: Projections | None = None
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
-        self._max_cells = options.max_slot_tokens or _CELLS_OF_A_TRIAL
+        self._max_cells = options.max_slot_tokens or _FIRST_CELLS
         self._prefill: Prefill | None = None
         self._memory: SlotMemory | None = None
         self.counts = EngineCounts()
@@ -87,13 +88,13 @@ class SlotsFit:
 
     def loop(self, choose: Choose) -> tuple[SlotLoop, SlotMemory]:
         """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
-        loop, self._prefill, self._memory = self._new_loop(choose)
-        return loop, self._memory
-
-    def _new_loop(self, choose: Choose) -> tuple[SlotLoop, Prefill, SlotMemory]:
-        memory = SlotMemory(
+        self._memory = SlotMemory(
             max_slots=self._options.max_batch_rows, max_cells=self._max_cells, kernel=KERNELS[self._kernel]
         )
+        loop, self._prefill = self._loop_over(self._memory, choose)
+        return loop, self._memory
+
+    def _loop_over(self, memory: SlotMemory, choose: Choose) -> tuple[SlotLoop, Prefill]:
         prefill = Prefill(
             self._model,
             self._batcher,
@@ -102,7 +103,7 @@ class SlotsFit:
             self._features,
             needs_history=choose.needs_history,
         )
-        return SlotLoop(prefill, memory, choose, self.counts), prefill, memory
+        return SlotLoop(prefill, memory, choose, self.counts), prefill
 
     def serves(self, group: Sequence[Waiting]) -> bool:
         """Whether the slots serve rows like these; tried once for each set of tensors."""
@@ -191,21 +192,20 @@ class SlotsFit:
         counts = self.counts
         self.counts = EngineCounts()
         try:
-            memories: list[SlotMemory] = []
+            # Its own few rows, whatever the run's limits: what one row needs is not known before.
+            memory = SlotMemory(max_slots=len(trial.waiting) + 1, max_cells=sys.maxsize, kernel=KERNELS[self._kernel])
 
             def build(choose: Choose) -> SlotLoop:
-                loop, _, memory = self._new_loop(choose)
-                memories.append(memory)
-                return loop
+                return self._loop_over(memory, choose)[0]
 
             def reserve(sample: EncodedSample) -> Slot:
-                slot = memories[0].reserve(sample.num_tokens + 64)
-                assert slot is not None
+                slot = memory.reserve(sample.num_tokens + 64)
+                assert slot is not None, "a trial's memory has no limit"
                 return slot
 
             error = trial.error(build, reserve)
             if not self.verdicts:
-                self._size(memories[0], max(one.sample.num_tokens for one in trial.waiting))
+                self._size(memory, max(one.sample.num_tokens for one in trial.waiting))
             return error
         finally:
             self.counts = counts
