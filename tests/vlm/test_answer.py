@@ -88,3 +88,23 @@ def test_a_row_without_finite_logits_has_no_answer() -> None:
     assert (answer.fault.stage, answer.fault.kind) == ("generate", "NonFiniteLogits")
     assert "step 1" in answer.fault.message
     assert (answer.response, answer.finish_reason, answer.num_generated_tokens) == (None, None, None)
+
+
+@pytest.mark.parametrize("text", ["ab" * 50, "no, no, " * 30, "a" * 60])
+def test_an_answer_that_repeats_itself_is_ended(text: str) -> None:
+    ending = Ending(byte_tokenizer(), eos_ids=[EOS], stop=(), ignore_eos=False, max_repeats=4)
+    generation = Generation(SAMPLE, 1000)
+    for token in byte_tokenizer()(text)["input_ids"]:
+        if not generation.done:
+            ending.add(generation, token, finite=True)
+    period = next(period for period in (1, 2, 4) if text[:period] * 4 == text[: 4 * period])
+    assert generation.finish_reason is FinishReason.REPETITION
+    assert len(generation.tokens) == 4 * period
+
+
+def test_a_text_that_says_some_words_again_is_no_repetition() -> None:
+    ending = Ending(byte_tokenizer(), eos_ids=[EOS], stop=(), ignore_eos=False, max_repeats=4)
+    generation = Generation(SAMPLE, 1000)
+    for token in byte_tokenizer()("a cat, a dog, a cat, a dog and a cat, a dog, a catalogue, and so on")["input_ids"]:
+        ending.add(generation, token, finite=True)
+    assert not generation.done

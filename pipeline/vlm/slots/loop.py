@@ -138,9 +138,9 @@ class SlotLoop:
         rows = self._rows
         assert rows is not None
         staying = set(stay)
-        for place, slot in enumerate(rows.slots):
+        for place, (slot, row) in enumerate(zip(rows.slots, rows.generations, strict=True)):
             if place not in staying:
-                self._memory.release(slot)
+                self._memory.release(slot, wipe=row.fault is not None)
         self._rows = _selected(rows, stay) if stay else None
         self._arrange()
 

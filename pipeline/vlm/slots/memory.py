@@ -149,8 +149,14 @@ class SlotMemory:
             return None
         return Slot(pool, pool.free.pop(0))
 
-    def release(self, slot: Slot) -> None:
-        """The row is done; its cells may be written anew."""
+    def release(self, slot: Slot, *, wipe: bool = False) -> None:
+        """The row is done; its cells may be written anew.
+
+        wipe: they may hold what is not finite. A later row of the slot would not look at it, but 0 times NaN is NaN.
+        """
+        if wipe:
+            for tensor_NHSD in (*slot.pool.keys_NHSD, *slot.pool.values_NHSD):
+                tensor_NHSD[slot.index] = 0
         bisect.insort(slot.pool.free, slot.index)
 
     def insert(self, slot: Slot, layers: Sequence[Any], row: int, spans: Sequence[tuple[int, int]]) -> None:

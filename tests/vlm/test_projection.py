@@ -1,0 +1,85 @@
+"""Joined and packed products: the numbers of the layers they stand for, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.vlm.slots import projection
+from pipeline.vlm.slots.projection import Choice, Projections
+
+
+class Block(nn.Module):
+    """Attention's and a gated layer's projections, some with a bias."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 32, bias), nn.Linear(32, 8, bias), nn.Linear(32, 8, bias)
+        self.gate_proj, self.up_proj = nn.Linear(32, 48, bias), nn.Linear(32, 48, bias)
+        self.o_proj = nn.Linear(48, 32, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        second = torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        return torch.cat([first, self.o_proj(second)], -1)
+
+
+def model_of(dtype: torch.dtype, *, bias: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block(bias=bias) for _ in range(1)]).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", ["plain", "packed", "packed float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_layers(
+    dtype: torch.dtype, kernel: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "probed", lambda weights: Choice((kernel, "plain", kernel)))
+    model = model_of(dtype, bias=bias)
+    plain = copy.deepcopy(model)
+    Projections(model, fuse=True, pack=True, free_bytes=1 << 30)
+    for shape in ((1, 32), (16, 1, 32), (3, 30, 32), (2, 300, 32)):
+        x = torch.randn(shape, dtype=dtype)
+        torch.testing.assert_close(model(x), plain(x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-3)
+
+
+def test_three_products_become_one_and_restoring_brings_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(torch.float32, bias=True)
+    plain = copy.deepcopy(model)
+    projections = Projections(model, fuse=True, pack=False, free_bytes=0)
+    calls: list[int] = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        projection.functional, "linear", lambda x, weight, bias: calls.append(len(weight)) or linear(x, weight, bias)
+    )
+    x = torch.randn(4, 32)
+    found = model(x)
+    assert calls == [48, 96, 32]
+    monkeypatch.undo()
+    projections.restore()
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert torch.equal(model(x), plain(x))
+    torch.testing.assert_close(found, plain(x))
+
+
+def test_an_input_that_is_not_shared_is_computed_by_the_layer_itself() -> None:
+    model = model_of(torch.float32, bias=False)
+    block = model[0]  # type: ignore[index]
+    plain = copy.deepcopy(block)
+    Projections(model, fuse=True, pack=False, free_bytes=0)
+    one, other = torch.randn(4, 32), torch.randn(4, 32)
+    block.q_proj(one)
+    torch.testing.assert_close(block.k_proj(other), plain.k_proj(other))
+    torch.testing.assert_close(block.v_proj(one), plain.v_proj(one))
+
+
+def test_copies_are_made_only_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "probed", lambda weights: Choice(("packed", "packed", "packed float32")))
+    model = model_of(torch.bfloat16, bias=False)
+    num_bytes = sum(weight.nbytes for weight in model.parameters())
+    assert Projections(model, fuse=False, pack=True, free_bytes=3 * num_bytes - 1).choice == Choice()
+    assert Projections(model, fuse=False, pack=True, free_bytes=3 * num_bytes).choice != Choice()

@@ -1,0 +1,121 @@
+"""The queue before the slots: what is read together, what begins alike, and what waits for more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.records import EncodedSample, PromptFacts, RecordKey
+from pipeline.tensors.batch import Batcher
+from pipeline.vlm.slots.queue import Queue, SharedPrefix
+
+IMAGE = 9
+
+
+def row(number: int, tokens: list[int], *, image: str | None = None, cap: int | None = None) -> EncodedSample:
+    input_ids = np.array([tokens])
+    return EncodedSample(
+        RecordKey(number, "default", 0),
+        str(number),
+        {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)},
+        PromptFacts(),
+        cap,
+        image,
+    )
+
+
+class Arriving(Iterator[EncodedSample]):
+    """Samples of which so many are there without waiting."""
+
+    def __init__(self, given: list[EncodedSample], num_there: int) -> None:
+        self._given, self.num_there, self.num_waited = iter(given), num_there, 0
+
+    @property
+    def ready(self) -> bool:
+        return self.num_there > 0
+
+    def __next__(self) -> EncodedSample:
+        self.num_waited += self.num_there <= 0
+        self.num_there -= 1
+        return next(self._given)
+
+
+def queue_of(samples: Iterator[EncodedSample], *, shared: bool = False, num_window_rows: int = 100) -> Queue:
+    batcher = Batcher(max_rows=8, max_tokens=10_000, max_new_tokens=16)
+    prefix = SharedPrefix(frozenset([IMAGE])) if shared else None
+    return Queue(samples, batcher, num_window_rows=num_window_rows, shared=prefix)
+
+
+def taken(queue: Queue, num_rows: int = 100, num_tokens: int = 10_000) -> list[list[int]]:
+    found = []
+    while group := queue.take(num_rows, num_tokens):
+        found.append([one.sample.key.row_index for one in group])
+    return found
+
+
+def test_prompts_read_together_fit_the_budget_of_tokens_and_none_is_lost() -> None:
+    given = [row(number, [1] * (number % 13 + 3)) for number in range(60)]
+    queue = queue_of(iter(given))
+    assert queue.gather(1, wait=True)
+    groups = taken(queue, num_tokens=40)
+    assert sorted(number for group in groups for number in group) == list(range(60))
+    assert all(max(number % 13 + 3 for number in group) * len(group) <= 40 for group in groups)
+    assert queue.ended
+
+
+def test_rows_with_long_answers_begin_first() -> None:
+    given = [row(number, [1] * 5, cap=cap) for number, cap in enumerate([4, 60, 8, 64, 5])]
+    queue = queue_of(iter(given))
+    queue.gather(1, wait=True)
+    order = taken(queue)[0]
+    assert set(order[:2]) == {1, 3}
+    assert set(order[-2:]) == {0, 4}
+
+
+def test_it_takes_what_is_there_and_waits_only_when_told_to() -> None:
+    samples = Arriving([row(number, [1] * 5) for number in range(20)], num_there=3)
+    queue = queue_of(samples)
+    assert not queue.gather(8, wait=False)
+    assert samples.num_waited == 0
+    assert queue.gather(8, wait=True)
+    assert samples.num_waited == 5  # up to eight, and no more
+    samples.num_there = 2
+    assert queue.gather(8, wait=True)
+    assert samples.num_waited == 5
+
+
+def test_what_could_not_be_begun_comes_first_again() -> None:
+    queue = queue_of(iter([row(number, [1] * 5) for number in range(6)]))
+    queue.gather(1, wait=True)
+    group = queue.take(4, 1000)
+    queue.put_back(group[1:])
+    assert [one.sample.key.row_index for one in queue.take(2, 1000)] == [one.sample.key.row_index for one in group[1:3]]
+
+
+def prompt(*words: int) -> list[int]:
+    return [1, 2, *[IMAGE] * 30, 3, *words]
+
+
+def test_questions_about_one_image_share_what_they_begin_with() -> None:
+    given = [row(number, prompt(4, 5, number), image="a") for number in range(10, 14)]
+    assert SharedPrefix(frozenset([IMAGE]))(given) == len(prompt(4, 5))
+    queue = queue_of(iter([*given, row(0, prompt(7, 8), image="b")]), shared=True)
+    queue.gather(1, wait=True)
+    assert sorted(map(sorted, taken(queue))) == [[0], [10, 11, 12, 13]]
+
+
+def test_nothing_is_shared_where_it_would_be_wrong_or_little() -> None:
+    shared = SharedPrefix(frozenset([IMAGE]))
+    assert shared([row(0, prompt(4), image="a")]) == 0  # alone
+    assert shared([row(0, prompt(4)), row(1, prompt(5))]) == 0  # images that nobody has compared
+    assert shared([row(0, prompt(4), image="a"), row(1, prompt(4), image="a")]) == 0  # one prompt, computed once
+    assert shared([row(0, [4, *prompt()], image="a"), row(1, [5, *prompt()], image="a")]) == 0  # other beginnings
+    second = [row(n, [1, 2, *[IMAGE] * 30, 3, 4 + n, IMAGE, 6], image="a") for n in range(2)]
+    assert shared(second) == 0  # an image behind what differs
+    assert shared([row(0, [1, IMAGE, 3, 4], image="a"), row(1, [1, IMAGE, 3, 5], image="a")]) == 0  # three tokens
+
+
+def test_a_shared_beginning_does_not_end_within_an_image() -> None:
+    given = [row(n, [1, *[2] * 20, *[IMAGE] * (10 + n)], image="a") for n in range(2)]
+    assert SharedPrefix(frozenset([IMAGE]))(given) == 0
