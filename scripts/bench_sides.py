@@ -121,7 +121,8 @@ class Ours:
             words += [f"prompt.variants.{number}={{{{question_{number}}}}}" for number in range(setup.num_questions)]
         command = vlm_batch("run", *words)
         if self.in_vllm:
-            command[0] = str(vllm_python(setup))
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))  # as its own side has them (bench_vllm.py)
+            command = ["env", f"VLLM_CPU_OMP_THREADS_BIND={cores}", str(vllm_python(setup)), *command[1:]]
             command += [f"vlm.path={setup.vllm_model}"]
         try:
             trace = traced(command, setup.folder, timeout=setup.timeout_seconds)

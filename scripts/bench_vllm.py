@@ -76,7 +76,7 @@ def main() -> None:
     )
     rows = pq.read_table(options.rows).slice(0, options.num_rows).to_pylist()
     llm.generate([request(rows[0])], params(4), use_tqdm=False)
-    loading_seconds = time.monotonic() - started
+    loading_seconds, loaded_at = time.monotonic() - started, time.time()
 
     started = time.monotonic()
     outputs = llm.generate(
@@ -96,6 +96,7 @@ def main() -> None:
     result = {
         "loading_seconds": round(loading_seconds, 3),
         "work_seconds": round(work_seconds, 3),
+        "loaded_at": loaded_at,
         "num_rows": len(rows),
         "num_generated_tokens": sum(map(len, tokens)),
         "num_prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
