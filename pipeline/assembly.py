@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig
+from pipeline.errors import UsageError
 from pipeline.plan import Plan
 from pipeline.preparation import Preparation, PreparationOptions, Task
 from pipeline.prompt.template import PromptFormat, Template
@@ -41,7 +42,8 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
     """Refuse a model that cannot work here, without reading its weights.
 
     Raises:
-        UsageError: a setting of vlm does not fit the model, the device, or what is installed.
+        UsageError: a setting of vlm does not fit the model, the device, or what is installed; or one of generation the
+            engine that was asked for.
         RunFailed: it is no image-text-to-text model, or not whole.
     """
     start_fork_server(_PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
@@ -51,6 +53,10 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
         from pipeline.vlm.vllm_load import check_vllm
 
         check_vllm(config.engine, config.vlm, effective_settings(config.generation, identity.generation_config))
+    elif config.engine.kind == SlotsConfig.kind:
+        settings = effective_settings(config.generation, identity.generation_config)
+        if obstacle := slots_obstacle(settings):
+            raise UsageError(f"engine=slots: {obstacle}. engine=auto takes padded batches where the slots do not fit.")
     check_model(config.vlm, identity)
 
 

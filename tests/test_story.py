@@ -17,6 +17,8 @@ import pytest
 from command_line import CommandLine, wait_for_journal
 from PIL import Image
 
+from pipeline.status import phases
+
 
 def records(output_dir: Path) -> list[dict[str, object]]:
     return pq.read_table(output_dir / "data").to_pylist()
@@ -35,6 +37,12 @@ def test_a_job_from_an_empty_folder_to_right_answers(vlm_batch: CommandLine, tmp
     [parity] = json.loads((tmp_path / "answers" / "manifest.json").read_text())["parity"]
     assert (parity["num_rows"], parity["num_identical"], parity["num_pictures_changed"]) == (8, 8, 3)
     assert parity["logit_error"] <= 1e-5
+    [worker] = [json.loads(path.read_text()) for path in (tmp_path / "answers" / "stats").iterdir()]
+    shares = phases(worker)
+    assert all(shares[name] > 0.01 for name in ("trial", "vision", "prefill", "decode"))
+    assert 0 < shares["writing"] < 0.2 and 0 <= shares["other"] < 0.3
+    assert sum(shares.values()) == pytest.approx(1)
+    assert "time     waiting for input" in first.stdout
 
     before = {path: path.read_bytes() for path in (tmp_path / "answers" / "data").iterdir()}
     second = vlm_batch("run", "dataset.max_rows=300", "write.shard_rows=100", "output_dir=answers")
@@ -192,6 +200,7 @@ def test_what_is_wrong_is_said_before_a_model_loads(vlm_batch: CommandLine, tmp_
         (["run", "dataset=images", "dataset.path=nowhere"], 2, "nowhere"),
         (["run", "dataset=images"], 2, "dataset.path is not set"),
         (["run", "vlm=auto", "vlm.path=./no-model"], 2, "no-model"),
+        (["run", "engine=slots", "+generation.extra.no_repeat_ngram_size=3"], 2, "engine=auto takes padded batches"),
         (["status", "output_dir=nothing"], 2, "holds no run"),
         (["run", "-m", "seed=1,2"], 2, "Multirun"),
     ]

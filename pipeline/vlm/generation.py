@@ -224,7 +224,7 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
     return GenerationSettings(sampling, processors, {name: entry for name, entry in extra.items() if name not in known})
 
 
-def slots_obstacle(settings: GenerationSettings, *, is_encoder_decoder: bool) -> str | None:
+def slots_obstacle(settings: GenerationSettings, *, is_encoder_decoder: bool = False) -> str | None:
     """Why the slots engine cannot generate with these settings; None where it can."""
     if is_encoder_decoder:
         return "an encoder-decoder has no prompt to go on from"

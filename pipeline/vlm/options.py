@@ -145,6 +145,7 @@ class SlotsConfig(EngineConfig):
         DecodeAttention.auto, "kernel of decode steps: auto (the faster, tried at start), matmul or sdpa", speed=True
     )
     fused_projections: bool = option(True, "compute q, k and v, and gate and up, as one product each", speed=True)
+    cuda_graphs: bool = option(True, "on a CUDA device, record decode steps and replay them", speed=True)
     packed_weights: bool = option(
         True, "on a CPU, keep copies of weights in the layout that is fastest there, if memory allows", speed=True
     )

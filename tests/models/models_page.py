@@ -13,8 +13,8 @@ from tiny_checkpoints import ARCHITECTURES, PROCESSORS_NOT_IMPORTED, built
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _TABLE = "<!-- table -->"
 _HEAD = (
-    "| `model_type` | processor class | prompt | several images | text-only rows | decode loop | logit difference |"
-    " remarks |\n|---|---|---|---|---|---|---|---|"
+    "| `model_type` | processor class | prompt | several images | text-only rows | engine | decode loop |"
+    " logit difference | remarks |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -27,7 +27,8 @@ def page(exponents: Mapping[str, int]) -> str:
 
 def measured_exponents() -> dict[str, int]:
     """Powers of ten with room for another processor's rounding: three times the difference that was measured."""
-    return {name: math.ceil(math.log10(max(3 * measured(name).error, 1e-6))) for name in ARCHITECTURES}
+    worst = {name: max(measured(name).error, measured(name).slots_error) for name in ARCHITECTURES}
+    return {name: math.ceil(math.log10(max(3 * error, 1e-6))) for name, error in worst.items()}
 
 
 def documented_exponents(text: str) -> dict[str, int]:
@@ -43,6 +44,7 @@ def _row(name: str, found: Measurement, exponent: int) -> str:
         "chat template" if ARCHITECTURES[name].plain is None else f"plain: `{ARCHITECTURES[name].plain}`",
         _word(found.several_images),
         _word(found.text_only),
+        "slots" if found.slots else "static",
         "transformers'" if found.own_loop else "ours",
         f"<= 1e{exponent}",
         "; ".join(_remarks(name, found)),

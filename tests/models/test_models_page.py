@@ -18,4 +18,5 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_the_bounds_of_the_page_hold() -> None:
     for name, exponent in documented_exponents(PAGE.read_text()).items():
-        assert measured(name).error <= 10.0**exponent <= 1e-5, f"{name}: {_WRITE}"
+        worst = max(measured(name).error, measured(name).slots_error)
+        assert worst <= 10.0**exponent <= 1e-5, f"{name}: {_WRITE}"

@@ -52,6 +52,7 @@ def test_a_prompt_that_is_read_in_both_directions_or_in_windows_is_computed_whol
     assert observed.error(given) <= BOUND
     counts = observed.engine.counts
     assert counts.num_padded_prompt_tokens >= counts.num_prompt_tokens == sum(one.num_tokens for one in given)
+    assert counts.num_images_encoded == 1
 
 
 def test_without_the_positions_of_the_prompt_the_trial_keeps_a_model_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,3 +79,18 @@ def test_a_wiped_slot_holds_nothing() -> None:
     memory.insert(slot, layers(10, fill=float("nan")), 0, [(0, 10)])
     memory.release(slot, wipe=True)
     assert not any(tensor.any() for tensor in (*slot.pool.keys_NHSD, *slot.pool.values_NHSD))
+
+
+def test_other_storage_has_another_generation() -> None:
+    """Recorded steps go by it: they know the storage by its address."""
+    memory = memory_of(max_slots=32)
+    seen: dict[int, list[int]] = {}
+    for _ in range(20):
+        slot = memory.reserve(50)
+        assert slot is not None
+        memory.insert(slot, layers(10), 0, [(0, 10)])
+        addresses = [tensor.data_ptr() for tensor in (*slot.pool.keys_NHSD, *slot.pool.values_NHSD)]
+        assert seen.setdefault(slot.pool.generation, addresses) == addresses
+    assert len(seen) > 2
+    other = memory_of().reserve(50)
+    assert other is not None and other.pool.generation not in seen

@@ -21,6 +21,7 @@ from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.options import DecodeAttention, SlotsConfig
 from pipeline.vlm.sampling import Sampler
 from pipeline.vlm.slots import engine as engine_module
+from pipeline.vlm.slots import fit as fit_module
 from pipeline.vlm.slots.engine import SlotsEngine
 from pipeline.vlm.slots.loop import Decoder, SlotLoop
 from pipeline.vlm.slots.prefill import Prefill
@@ -124,6 +125,68 @@ def test_answers_are_those_of_padded_batches(settings: str) -> None:
     assert answers_of(slots, given) == answers_of(static, given)
     assert all(slots.fit.verdicts.values())
     assert slots.counts.num_generated_tokens == static.counts.num_generated_tokens
+
+
+class Recorder:
+    """In the place of CUDA graphs: a recorded step is run again, from the inputs that stand in its buffers."""
+
+    def __init__(self) -> None:
+        self.num_recorded = self.num_replayed = 0
+
+    def __call__(self, forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        self.num_recorded += 1
+        for _ in range(2):
+            forward()
+
+        def replay() -> torch.Tensor:
+            self.num_replayed += 1
+            return forward()
+
+        return replay
+
+
+@pytest.mark.parametrize("settings", ["greedy", "sampled", "a stop string", "to the cap", "room for few tokens"])
+def test_tokens_read_late_are_the_same(settings: str) -> None:
+    slots, static = engines_of(**SETTINGS[settings])
+    slots.fit.reads_late = True
+    given = many()
+    assert answers_of(slots, given) == answers_of(static, given)
+    late = slots.counts.num_decode_rows
+    slots.fit.reads_late, slots.counts = False, type(slots.counts)()
+    answers_of(slots, given)
+    assert slots.counts.num_decode_rows < late <= slots.counts.num_decode_rows + len(given)
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_5_vl"])
+@pytest.mark.parametrize("late", [False, True])
+def test_recorded_steps_give_the_same(name: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several capacities, in slots of which some are free."""
+    record = Recorder()
+    monkeypatch.setattr(fit_module, "recorder", lambda device: record)
+    slots, static = engines_of(name, num_slots=6)
+    slots.fit.reads_late = late
+    given = [replace(one, max_new_tokens=60) if number % 4 == 0 else one for number, one in enumerate(many(name, 60))]
+    assert answers_of(slots, given) == answers_of(static, given)
+    assert slots.numerics["decode_steps"] == "recorded"
+    assert 0 < record.num_recorded < record.num_replayed / 3
+
+
+def test_recorded_steps_that_go_wrong_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be recorded, and one that gives something else."""
+
+    def refused(forward: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def stale(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        logits_NV = forward()
+        return lambda: logits_NV
+
+    for record in (refused, stale):
+        monkeypatch.setattr(fit_module, "recorder", lambda device, record=record: record)
+        slots, static = engines_of()
+        assert answers_of(slots, many()) == answers_of(static, many())
+        assert all(slots.fit.verdicts.values())
+        assert "decode_steps" not in slots.numerics
 
 
 def test_samples_of_one_prompt_are_computed_once_and_drawn_apart() -> None:

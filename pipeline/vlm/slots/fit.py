@@ -1,7 +1,7 @@
 """What of a model the slots may use: tried on rows, before any row is answered so.
 
 Rows whose tensors have other names, say rows without an image, are tried for themselves. What a trial refuses is given
-up, the most dispensable first: the reuse of encoded images, then faster products, then the slots.
+up, the most dispensable first: the reuse of encoded images, recorded steps, faster products, and then the slots.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from pipeline.records import EncodedSample
@@ -21,6 +22,7 @@ from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.options import DecodeAttention, SlotsConfig
 from pipeline.vlm.slots.attention import KERNELS, fastest
 from pipeline.vlm.slots.features import ImageFeatures
+from pipeline.vlm.slots.graph import RecordedDecoder, recorder
 from pipeline.vlm.slots.loop import Choose, SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
@@ -34,6 +36,7 @@ _FEATURE_BYTES = 1 << 30
 _FIRST_CELLS = 1 << 16  # until a trial has shown how large one is
 # Of free memory, for keys and values: prompts need the rest, and on a CPU other programs.
 _FREE_SHARE, _FREE_SHARE_CPU = 0.8, 0.4
+_PATIENCE = 4  # decode steps of a shape before it is recorded: most shapes that come once come often
 _WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their products
 
 
@@ -58,6 +61,9 @@ class SlotsFit:
         self._features: ImageFeatures | None = None
         if options.reuse_images:
             self._features = ImageFeatures(loaded.model, batcher, inputs, max_bytes=_FEATURE_BYTES)
+        self._record = recorder(self._device) if options.cuda_graphs else None
+        # A CPU that waits for nothing gains nothing by reading late, and would compute each row once too often.
+        self.reads_late = self._device.type == "cuda"
         self._projections: Projections | None = None
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
         self._max_cells = options.max_slot_tokens or _FIRST_CELLS
@@ -84,17 +90,29 @@ class SlotsFit:
     def numerics(self) -> Mapping[str, str]:
         """What may differ in the last bits between two runs."""
         products = str(self._projections.choice) if self._projections else "plain"
-        return {"decode_attention": self._kernel, "products": products}
+        steps = {"decode_steps": "recorded"} if self._record is not None else {}
+        return {"decode_attention": self._kernel, "products": products, **steps}
 
     def loop(self, choose: Choose) -> tuple[SlotLoop, SlotMemory]:
         """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
         self._memory = SlotMemory(
             max_slots=self._options.max_batch_rows, max_cells=self._max_cells, kernel=KERNELS[self._kernel]
         )
-        loop, self._prefill = self._loop_over(self._memory, choose)
+        loop, self._prefill = self._loop_over(self._memory, choose, patience=_PATIENCE, late=self.reads_late)
         return loop, self._memory
 
-    def _loop_over(self, memory: SlotMemory, choose: Choose) -> tuple[SlotLoop, Prefill]:
+    def _loop_over(
+        self, memory: SlotMemory, choose: Choose, *, patience: int, late: bool = False
+    ) -> tuple[SlotLoop, Prefill]:
+        recorded = None
+        if self._record is not None:  # a trial may yet forbid it
+            recorded = partial(
+                RecordedDecoder,
+                memory=memory,
+                record=lambda: self._record,
+                give_up=self._stop_recording,
+                patience=patience,
+            )
         prefill = Prefill(
             self._model,
             self._batcher,
@@ -103,7 +121,10 @@ class SlotsFit:
             self._features,
             needs_history=choose.needs_history,
         )
-        return SlotLoop(prefill, memory, choose, self.counts), prefill
+        return SlotLoop(prefill, memory, choose, self.counts, recorded, late=late), prefill
+
+    def _stop_recording(self) -> None:
+        self._record = None
 
     def serves(self, group: Sequence[Waiting]) -> bool:
         """Whether the slots serve rows like these; tried once for each set of tensors."""
@@ -169,6 +190,9 @@ class SlotsFit:
             if self._features is not None:
                 self._features = None
                 log.info("slots: images are encoded with their prompts, as otherwise %s", difference)
+            elif self._record is not None:
+                self._record = None
+                log.info("slots: decode steps are not recorded, as otherwise %s", difference)
             elif self._projections is not None:
                 self._projections.restore()
                 self._projections = None
@@ -196,7 +220,7 @@ class SlotsFit:
             memory = SlotMemory(max_slots=len(trial.waiting) + 1, max_cells=sys.maxsize, kernel=KERNELS[self._kernel])
 
             def build(choose: Choose) -> SlotLoop:
-                return self._loop_over(memory, choose)[0]
+                return self._loop_over(memory, choose, patience=0)[0]
 
             def reserve(sample: EncodedSample) -> Slot:
                 slot = memory.reserve(sample.num_tokens + 64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ import torch
 from pipeline.records import EncodedSample
 from pipeline.vlm.answer import Generation
 from pipeline.vlm.base import EngineCounts
+from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.slots.attention import NAME
+from pipeline.vlm.slots.graph import Decode
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.queue import Waiting
@@ -50,13 +52,31 @@ class LiveRows:
 
 
 class SlotLoop:
-    """Rows in slots. `admit` and `step` are the two moves; what is done leaves with the next `arrange`."""
+    """Rows in slots. `admit` and `step` are the two moves; what is done leaves with the next `arrange`.
 
-    def __init__(self, prefill: Prefill, memory: SlotMemory, choose: Choose, counts: EngineCounts) -> None:
+    Args:
+        recorded: makes of a decoder one that records its steps (graph.py); None leaves it as it is.
+        late: read a step's tokens from the device while the next one is computed. A row is then computed once more
+            after its end, and the device never waits for the rules by which rows end.
+    """
+
+    def __init__(
+        self,
+        prefill: Prefill,
+        memory: SlotMemory,
+        choose: Choose,
+        counts: EngineCounts,
+        recorded: Callable[[Decode], Decode] | None = None,
+        *,
+        late: bool = False,
+    ) -> None:
         self._prefill, self._memory = prefill, memory
         self._choose, self._counts = choose, counts
+        self._recorded = recorded
+        self._late = choose if late and isinstance(choose, TokenChoice) else None
+        self._unread: _Unread | None = None
         self._rows: LiveRows | None = None
-        self._decoder: Decoder | None = None
+        self._decode: Decode | None = None
 
     @property
     def num_live(self) -> int:
@@ -76,8 +96,9 @@ class SlotLoop:
         began, vision_seconds = time.perf_counter(), self._counts.vision_seconds
         num_computed = self._prefill.num_computed_tokens
         whole, of_sample = self._prefill(waiting)
-        if self._decoder is None:
-            self._decoder = Decoder(whole.decoder)
+        if self._decode is None:
+            decoder = Decoder(whole.decoder)
+            self._decode = self._recorded(decoder) if self._recorded else decoder
         for row, slot in zip(of_sample, slots, strict=True):
             self._memory.insert(slot, whole.layers, row, whole.spans[row])
         found = whole.of(of_sample)
@@ -102,18 +123,33 @@ class SlotLoop:
     def step(self) -> None:
         """One token more for each live row."""
         rows = self._rows
-        assert rows is not None and self._decoder is not None
+        assert rows is not None and self._decode is not None
         began = time.perf_counter()
         self._memory.begin_step(rows.slots)
-        logits_BV = self._decoder(rows.token_B, rows.position, self._memory.cache)
+        logits_BV = self._decode(rows.token_B, rows.position, self._memory.cache)
         for slot in rows.slots:
             slot.num_tokens += 1
         rows.length_B += 1
         rows.position = rows.position + 1
         self._counts.num_decode_steps += 1
         self._counts.num_decode_rows += len(rows.slots)
-        rows.token_B = self._choose(rows.generations, logits_BV, rows.seen_BV)
+        if self._late is None:
+            rows.token_B = self._choose(rows.generations, logits_BV, rows.seen_BV)
+        else:
+            rows.token_B = self._drawn(self._late, rows, logits_BV)
         self._counts.decode_seconds += time.perf_counter() - began
+
+    def _drawn(self, choose: TokenChoice, rows: LiveRows, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The next tokens [B], which nobody has read yet; those of the step before are read."""
+        before = self._unread
+        unread = {id(row) for row in before.generations} if before else set()
+        steps = [len(row.tokens) + (id(row) in unread) for row in rows.generations]
+        token_B, finite_B = choose.draw(rows.generations, steps, logits_BV, rows.seen_BV)
+        kept = any(row.logits_SV is not None for row in rows.generations)
+        self._unread = _Unread(list(rows.generations), token_B, finite_B, logits_BV if kept else None)
+        if before is not None:
+            choose.note(before.generations, *before.read(), before.logits_BV)
+        return token_B
 
     def finished(self) -> list[Generation]:
         """The rows that have ended since; their slots are free."""
@@ -142,6 +178,8 @@ class SlotLoop:
             if place not in staying:
                 self._memory.release(slot, wipe=row.fault is not None)
         self._rows = _selected(rows, stay) if stay else None
+        if not stay:
+            self._unread = None
         self._arrange()
 
     def _arrange(self) -> None:
@@ -153,6 +191,32 @@ class SlotLoop:
         if order != list(range(len(slots))):
             self._rows = _selected(self._rows, order)
         self._memory.arrange(self._rows.slots, self._rows.length_B)
+
+
+class _Unread:
+    """A step's tokens on their way to the host."""
+
+    def __init__(
+        self,
+        generations: Sequence[Generation],
+        token_B: torch.Tensor,
+        finite_B: torch.Tensor,
+        logits_BV: torch.Tensor | None,
+    ) -> None:
+        self.generations, self.logits_BV = generations, logits_BV
+        both_2B = torch.stack([token_B, finite_B.to(token_B.dtype)])
+        self._both_2B, self._arrived = both_2B, None
+        if both_2B.is_cuda:
+            self._both_2B = torch.empty(both_2B.shape, dtype=both_2B.dtype, pin_memory=True)
+            self._both_2B.copy_(both_2B, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(both_2B.device).record_event()
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """Tokens, and whether a row's logits were finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens, finite = self._both_2B.tolist()
+        return tokens, [bool(one) for one in finite]
 
 
 class Decoder:

@@ -10,6 +10,7 @@ Shapes: N slots of a pool, S cells of each, B live rows, P of them in one pool, 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 # Capacities 64, 96, 128, 192, 256, 384 ...: no more than half of a slot lies idle, and pools are few.
 _CLASSES = sorted({64 << power for power in range(16)} | {96 << power for power in range(16)})
 _FIRST_SLOTS = 4
+_GENERATIONS = itertools.count()
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +42,7 @@ class Pool:
         self.keys_NHSD: list[torch.Tensor] = []  # of each layer
         self.values_NHSD: list[torch.Tensor] = []
         self.free: list[int] = []  # sorted, so that live slots gather at the front
+        self.generation = next(_GENERATIONS)  # another number for other storage
 
     @property
     def num_live(self) -> int:
@@ -55,7 +58,7 @@ class Pool:
                 new_NHSD[self.num_slots :] = 0
                 tensors[layer] = new_NHSD
         self.free += range(self.num_slots, num_slots)
-        self.num_slots = num_slots
+        self.num_slots, self.generation = num_slots, next(_GENERATIONS)
 
     def allocate(self, layers: Sequence[Any]) -> None:
         """Storage shaped like the layers of a cache [B, H, T, D]."""
