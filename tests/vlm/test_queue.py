@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 
 from pipeline.records import EncodedSample, PromptFacts, RecordKey
 from pipeline.tensors.batch import Batcher
@@ -43,7 +44,7 @@ class Arriving(Iterator[EncodedSample]):
 
 def queue_of(samples: Iterator[EncodedSample], *, shared: bool = False, num_window_rows: int = 100) -> Queue:
     batcher = Batcher(max_rows=8, max_tokens=10_000, max_new_tokens=16)
-    prefix = SharedPrefix(frozenset([IMAGE])) if shared else None
+    prefix = SharedPrefix(frozenset([IMAGE]), ends_after_images=False) if shared else None
     return Queue(samples, batcher, num_window_rows=num_window_rows, shared=prefix)
 
 
@@ -99,14 +100,14 @@ def prompt(*words: int) -> list[int]:
 
 def test_questions_about_one_image_share_what_they_begin_with() -> None:
     given = [row(number, prompt(4, 5, number), image="a") for number in range(10, 14)]
-    assert SharedPrefix(frozenset([IMAGE]))(given) == len(prompt(4, 5))
+    assert SharedPrefix(frozenset([IMAGE]), ends_after_images=False)(given) == len(prompt(4, 5))
     queue = queue_of(iter([*given, row(0, prompt(7, 8), image="b")]), shared=True)
     queue.gather(1, wait=True)
     assert sorted(map(sorted, taken(queue))) == [[0], [10, 11, 12, 13]]
 
 
 def test_nothing_is_shared_where_it_would_be_wrong_or_little() -> None:
-    shared = SharedPrefix(frozenset([IMAGE]))
+    shared = SharedPrefix(frozenset([IMAGE]), ends_after_images=False)
     assert shared([row(0, prompt(4), image="a")]) == 0  # alone
     assert shared([row(0, prompt(4)), row(1, prompt(5))]) == 0  # images that nobody has compared
     assert shared([row(0, prompt(4), image="a"), row(1, prompt(4), image="a")]) == 0  # one prompt, computed once
@@ -116,6 +117,9 @@ def test_nothing_is_shared_where_it_would_be_wrong_or_little() -> None:
     assert shared([row(0, [1, IMAGE, 3, 4], image="a"), row(1, [1, IMAGE, 3, 5], image="a")]) == 0  # three tokens
 
 
-def test_a_shared_beginning_does_not_end_within_an_image() -> None:
-    given = [row(n, [1, *[2] * 20, *[IMAGE] * (10 + n)], image="a") for n in range(2)]
-    assert SharedPrefix(frozenset([IMAGE]))(given) == 0
+@pytest.mark.parametrize("after", [False, True])
+def test_a_shared_beginning_does_not_end_within_an_image_and_right_after_it_where_positions_allow(after: bool) -> None:
+    shared = SharedPrefix(frozenset([IMAGE]), ends_after_images=after)
+    assert shared([row(n, [1, *[2] * 20, *[IMAGE] * (10 + n)], image="a") for n in range(2)]) == 0
+    questions = [row(n, [1, *[IMAGE] * 40, 10 + n, 3, 4], image="a") for n in range(3)]
+    assert shared(questions) == (41 if after else 0)

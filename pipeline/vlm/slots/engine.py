@@ -26,7 +26,7 @@ from pipeline.vlm.sampling import Sampler
 from pipeline.vlm.slots.fit import SlotsFit
 from pipeline.vlm.slots.loop import SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
-from pipeline.vlm.slots.queue import Queue, SharedPrefix, Waiting, has_windows, image_token_ids
+from pipeline.vlm.slots.queue import Queue, SharedPrefix, Waiting, has_image_positions, has_windows, image_token_ids
 from pipeline.vlm.static import StaticEngine
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,10 @@ class SlotsEngine:
         )
         self._shared_prefix: SharedPrefix | None = None
         if options.reuse_prefixes and not has_windows(loaded.model.config):
-            self._shared_prefix = SharedPrefix(image_token_ids(loaded.model.config))
+            config = loaded.model.config
+            self._shared_prefix = SharedPrefix(
+                image_token_ids(config), ends_after_images=not has_image_positions(config)
+            )
         self._max_slots = options.max_batch_rows
         self._full_prefill_tokens = self._max_prefill_tokens = _num_prefill_tokens(loaded)
         self._num_calm_answers = 0

@@ -125,15 +125,18 @@ def _size_class(cap: int) -> int:
 class SharedPrefix:
     """What prompts about one image begin with: the image and the text around it, as long as they are alike.
 
-    It ends on a token of text: right after an image some models count positions otherwise (M-RoPE); and all images lie
-    in it. A model with sliding windows is left out, as padding between prefix and rest would shift its windows.
+    It does not end within an image, nor right after one where positions go on from there by more than one (M-RoPE), and
+    all images lie in it. A model with sliding windows is left out, as padding between prefix and rest would shift its
+    windows.
 
     Args:
         image_token_ids: the tokens that stand for images in a prompt.
+        ends_after_images: whether it may end right after an image.
     """
 
-    def __init__(self, image_token_ids: frozenset[int]) -> None:
+    def __init__(self, image_token_ids: frozenset[int], *, ends_after_images: bool) -> None:
         self._image_token_ids = np.array(sorted(image_token_ids), dtype=np.int64)
+        self._ends_after_images = ends_after_images
 
     def __call__(self, family: Sequence[EncodedSample]) -> int:
         """0 where sharing would save little."""
@@ -148,7 +151,7 @@ class SharedPrefix:
         if alike == min(map(len, prompts)) - 1 and len({prompt.tobytes() for prompt in prompts}) == 1:
             return 0  # one prompt, asked several times: computed once as it is
         is_image = np.isin(first, self._image_token_ids)
-        while alike and is_image[alike - 1]:
+        while alike and is_image[alike - 1] and (is_image[alike] or not self._ends_after_images):
             alike -= 1
         if any(np.isin(prompt[alike:], self._image_token_ids).any() for prompt in prompts):
             return 0
@@ -163,6 +166,15 @@ def image_token_ids(config: object) -> frozenset[int]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     found = (getattr(config, name, None) for name in names)
     return frozenset(number for number in found if isinstance(number, int))
+
+
+def has_image_positions(config: Any) -> bool:
+    """Whether tokens of an image have places in it for positions (M-RoPE), and what follows starts anew."""
+    text = config.get_text_config(decoder=True)
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return "mrope_section" in scaling or any(
+        isinstance(one, dict) and "mrope_section" in one for one in scaling.values()
+    )
 
 
 def has_windows(config: Any) -> bool:
