@@ -41,6 +41,7 @@ class ImageFeatures:
         self._names = set(inspect.signature(self._original).parameters) if self._original else set()
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._kept_bytes = 0
+        self._constants: frozenset[str] | None = None  # of an output: the same however many images; not known yet
         self.counts = EngineCounts()
 
     def fits(self, sample: EncodedSample) -> bool:
@@ -63,7 +64,7 @@ class ImageFeatures:
         original = self._original
 
         def served(*args: Any, **kwargs: Any) -> Any:
-            return _joined(parts)
+            return _joined(parts, self._constants or frozenset())
 
         served.__signature__ = inspect.signature(original)  # type: ignore[attr-defined, arg-type]
         self._owner.get_image_features = served
@@ -111,14 +112,24 @@ class ImageFeatures:
         """The features of samples whose images have equal shapes, apart for each."""
         assert self._original is not None
         self.counts.num_images_encoded += len(samples)
-        batch = self._inputs(self._batcher.collate(samples))
-        output = self._original(**{name: batch[name] for name in self._taken(samples[0])}, return_dict=True)
+        output = self._original(**self._inputs_of(samples, self._taken(samples[0])), return_dict=True)
         if len(samples) == 1:
             return [output]
-        parts = _parted(output, len(samples))
+        if self._constants is None:
+            alone = self._original(**self._inputs_of(samples[:1], self._taken(samples[0])), return_dict=True)
+            self._constants = frozenset(
+                name
+                for name, value in output.items()
+                if isinstance(value, torch.Tensor) and name in alone and value.shape == alone[name].shape
+            )
+        parts = _parted(output, len(samples), self._constants)
         if parts is None:  # its outputs do not run along the images
             return [self._encode([sample])[0] for sample in samples]
         return parts
+
+    def _inputs_of(self, samples: Sequence[EncodedSample], names: Sequence[str]) -> dict[str, Any]:
+        batch = self._inputs(self._batcher.collate(samples))
+        return {name: batch[name] for name in names}
 
     def _taken(self, sample: EncodedSample) -> list[str]:
         return sorted(self._names & set(sample.shapes) - {"input_ids", "attention_mask"})
@@ -139,10 +150,13 @@ def _key(sample: EncodedSample) -> str:
 # others are tensors or one tensor for each layer (deepstack_features).
 
 
-def _parted(output: Any, num_parts: int) -> list[Any] | None:
+def _parted(output: Any, num_parts: int, constants: frozenset[str]) -> list[Any] | None:
     """An output in equal parts along the images; None where it has none. What does not run along them is left out."""
     fields: dict[str, list[Any]] = {}
     for name, value in output.items():
+        if name in constants:
+            fields[name] = [value] * num_parts
+            continue
         parts = _parted_value(value, num_parts, along_list=name == "pooler_output")
         if parts is not None:
             fields[name] = parts
@@ -167,13 +181,16 @@ def _parted_value(value: Any, num_parts: int, *, along_list: bool) -> list[Any] 
     return [[layer[place] for layer in layers if layer is not None] for place in range(num_parts)]
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _joined(parts: Sequence[Any], constants: frozenset[str]) -> Any:
     """One output of several."""
     if len(parts) == 1:
         return parts[0]
     names = [name for name in parts[0] if all(name in part for part in parts)]
     fields = {
-        name: _joined_values([part[name] for part in parts], along_list=name == "pooler_output") for name in names
+        name: parts[0][name]
+        if name in constants
+        else _joined_values([part[name] for part in parts], along_list=name == "pooler_output")
+        for name in names
     }
     return type(parts[0])(**fields)
 
