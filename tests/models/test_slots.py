@@ -65,3 +65,14 @@ def test_without_the_positions_of_the_prompt_the_trial_keeps_a_model_out(monkeyp
     observed = Observed("qwen2_5_vl", engine="slots")
     assert observed.error([sample("qwen2_5_vl", row) for row in range(8)]) <= BOUND
     assert observed.engine.numerics["engine"] == "static"
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in STATIC])
+def test_images_of_one_shape_are_encoded_together(name: str) -> None:
+    given = [sample(name, 2, seed=seed, number=seed) for seed in range(5)]
+    observed = Observed(name, engine="slots")
+    assert observed.error(given) <= BOUND
+    assert isinstance(observed.engine, SlotsEngine)
+    features = observed.engine.fit._features
+    # BLIP-2 keeps no images: encoded beforehand they give other logits, and the trial says so.
+    assert features is None if name == "blip-2" else features is not None and len(features._kept) == 5
