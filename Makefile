@@ -29,10 +29,10 @@ demo: $(BIN)/vlm-batch  ## the main job on the embedded model and pictures; answ
 	$(BIN)/vlm-batch run
 	$(BIN)/python scripts/demo_accuracy.py outputs/demo
 
-test: $(VENV)/.dev  ## all tests that need no GPU (under 10 minutes on two cores)
+test: $(VENV)/.dev  ## all tests that need no GPU (about 10 minutes on two cores)
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, twenty kills (6 minutes)
+slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, two workers, twenty kills (8 minutes)
 	$(BIN)/python -m pytest -m slow
 
 models: $(VENV)/.dev  ## every architecture through the whole program (3 minutes), then docs/models.md

@@ -23,6 +23,7 @@ SAME = ["id", "response", "finish_reason", "num_prompt_tokens", "num_generated_t
 NUM_ROWS = 240
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_batch_engine_workers_and_transfer_do_not_change_answers(vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Rows of one and two images: alone, in three slots, in full batches, in many slots."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from command_line import CommandLine, wait_for_journal
 
 JOB = ["run", "dataset.max_rows=400", "write.shard_rows=40", "write.sync_seconds=0.1", "output_dir=shared"]
@@ -24,6 +25,7 @@ def num_answered(output_dir: Path) -> list[int]:
     return sorted(json.loads(path.read_text())["num_answered"] for path in (output_dir / "stats").glob("worker-*.json"))
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_shards_and_do_none_twice(vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Both end with exit code 0 when all is done, whoever did it."""
     both = [start(tmp_path), start(tmp_path)]
@@ -36,6 +38,7 @@ def test_two_workers_share_the_shards_and_do_none_twice(vlm_batch: CommandLine, 
     assert answered[0] > 0, "one of them found nothing to do"
 
 
+@pytest.mark.slow
 def test_the_shards_of_a_killed_worker_are_taken_over_at_once(vlm_batch: CommandLine, tmp_path: Path) -> None:
     """The claim of a process that is gone holds nobody up, and its journal is not asked for again."""
     killed = start(tmp_path)
