@@ -93,9 +93,9 @@ def chosen_shipping(config: RunConfig, identity: ModelIdentity, template: Templa
     from pipeline.vlm.device import placement
 
     transfer = config.engine.image_transfer
-    device = placement(config.vlm).device
     if transfer is ImageTransfer.processed or isinstance(config.engine, VllmConfig):
         return "processed"
+    device = placement(config.vlm).device
     if transfer is ImageTransfer.auto and device.type != "cuda":
         return "processed"  # what is saved in the workers would be paid for beside the model, on the same cores
     options = preparation_options(config, identity, template, fingerprint="").processor

@@ -413,3 +413,21 @@ def test_an_expired_grace_period_gives_up_what_is_at_work() -> None:
     signal.expired = True
     with pytest.raises(Interrupted):
         answers_of(slots, many())
+
+
+def test_a_vision_tower_whose_output_cannot_be_parted_encodes_each_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.vlm.slots import features
+
+    monkeypatch.setattr(features, "_parted", lambda *_: None)
+    slots, static = engines_of()
+    given = [sample("llava", np.random.default_rng(row), row) for row in range(6)]
+    assert answers_of(slots, given) == answers_of(static, given)
+    slots.counts = type(slots.counts)()
+    sizes: list[int] = []
+    encode = features.ImageFeatures._encode
+    monkeypatch.setattr(
+        features.ImageFeatures, "_encode", lambda self, of: (sizes.append(len(of)), encode(self, of))[1]
+    )
+    answers_of(slots, given)
+    assert sizes == [1] * 6
+    assert slots.counts.num_images_encoded == 6

@@ -41,6 +41,7 @@ class ImageFeatures:
         self._names = set(inspect.signature(self._original).parameters) if self._original else set()
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._kept_bytes = 0
+        self._group_rows = _GROUP_ROWS
         self._constants: frozenset[str] | None = None  # of an output: the same however many images; not known yet
         self.counts = EngineCounts()
 
@@ -103,7 +104,7 @@ class ImageFeatures:
         for alike in by_shape.values():
             _, first = alike[0]
             num_bytes = sum(4 * math.prod(first.shapes[name]) for name in self._taken(first))
-            step = max(1, min(_GROUP_ROWS, self._group_bytes // max(1, num_bytes)))
+            step = max(1, min(self._group_rows, self._group_bytes // max(1, num_bytes)))
             for start in range(0, len(alike), step):
                 yield alike[start : start + step]
 
@@ -111,9 +112,9 @@ class ImageFeatures:
     def _encode(self, samples: Sequence[EncodedSample]) -> list[Any]:
         """The features of samples whose images have equal shapes, apart for each."""
         assert self._original is not None
-        self.counts.num_images_encoded += len(samples)
         output = self._original(**self._inputs_of(samples, self._taken(samples[0])), return_dict=True)
         if len(samples) == 1:
+            self.counts.num_images_encoded += 1
             return [output]
         if self._constants is None:
             alone = self._original(**self._inputs_of(samples[:1], self._taken(samples[0])), return_dict=True)
@@ -123,8 +124,10 @@ class ImageFeatures:
                 if isinstance(value, torch.Tensor) and name in alone and value.shape == alone[name].shape
             )
         parts = _parted(output, len(samples), self._constants)
-        if parts is None:  # its outputs do not run along the images
+        if parts is None:  # its outputs do not run along the images: from here on each is encoded alone
+            self._group_rows = 1
             return [self._encode([sample])[0] for sample in samples]
+        self.counts.num_images_encoded += len(samples)
         return parts
 
     def _inputs_of(self, samples: Sequence[EncodedSample], names: Sequence[str]) -> dict[str, Any]:
