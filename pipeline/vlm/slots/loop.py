@@ -99,9 +99,9 @@ class SlotLoop:
         if self._decode is None:
             decoder = Decoder(whole.decoder)
             self._decode = self._recorded(decoder) if self._recorded else decoder
-        for row, slot in zip(of_sample, slots, strict=True):
-            self._memory.insert(slot, whole.layers, row, whole.spans[row])
         found = whole.of(of_sample)
+        for slot, row, spans in zip(slots, found.rows, found.spans, strict=True):
+            self._memory.insert(slot, found.layers, row, spans)
         token_B = self._choose(generations, found.logits_BV, found.seen_BV)
         self._counts.num_batches += 1
         self._counts.num_prompt_tokens += sum(one.sample.num_tokens for one in waiting)

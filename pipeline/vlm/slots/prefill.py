@@ -4,7 +4,8 @@
 its first forward and stop. The cache is transformers' own and of full length in every layer, sliding ones too. What
 several prompts begin with is computed once, and each goes on from there.
 
-Shapes: B prompts, T tokens of the longest, H heads of keys and values, D of a head, V tokens of the vocabulary.
+Shapes: B prompts in F rows of the cache, T cells of the longest, H heads of keys and values, D of a head, V tokens of
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pipeline.vlm.base import Batcher
 from pipeline.vlm.decode import last_position, seen_tokens
 from pipeline.vlm.inputs import ModelInputs
 from pipeline.vlm.slots.features import ImageFeatures
+from pipeline.vlm.slots.final_layer import computed_at
+from pipeline.vlm.slots.prefix import MAX_PACK_TOKENS, Continuation, Prefix
 from pipeline.vlm.slots.queue import Waiting
 
 _PREFIX_BYTES = 1 << 28  # of prefixes that are kept for questions to come
@@ -36,37 +39,23 @@ class Prefilled:
 
     decoder: Any  # the model that goes on from here: BLIP-2, say, hands generation over to its language model
     logits_BV: torch.Tensor
-    layers: Sequence[Any]  # of the cache: keys and values [B, H, T, D]
+    layers: Sequence[Any]  # of the cache: keys and values [F, H, T, D]
+    rows: Sequence[int]  # of each prompt: in which of F it is
     spans: Sequence[Sequence[tuple[int, int]]]  # of each prompt: from which token of T to which, padding left out
     position: torch.Tensor  # of the last token, [..., B, 1]; more axes in front for M-RoPE
     seen_BV: torch.Tensor | None  # tokens of the prompt, where they matter
 
-    def of(self, rows: Sequence[int]) -> Prefilled:
-        """The same for some of its rows, each as often as it is named; the layers stay whole."""
-        index = torch.tensor(rows, device=self.logits_BV.device)
+    def of(self, prompts: Sequence[int]) -> Prefilled:
+        """The same for some of its prompts, each as often as it is named; the layers stay whole."""
+        index = torch.tensor(prompts, device=self.logits_BV.device)
         return replace(
             self,
+            rows=[self.rows[prompt] for prompt in prompts],
+            spans=[self.spans[prompt] for prompt in prompts],
             logits_BV=self.logits_BV[index],
             position=self.position[..., index, :],
             seen_BV=None if self.seen_BV is None else self.seen_BV[index],
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefix:
-    """What a family of prompts begins with: keys and values [H, P, D] of each layer, position [..., 1] of its last."""
-
-    decoder: Any
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    position: torch.Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.layers[0][0].shape[1])
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(keys_HPD.nbytes + values_HPD.nbytes for keys_HPD, values_HPD in self.layers)
 
 
 class Prefill:
@@ -86,7 +75,9 @@ class Prefill:
         self._settings = copy.copy(settings)
         self._settings.max_new_tokens = 1
         self.features, self._needs_history = features, needs_history
-        self._prefixes: OrderedDict[tuple[str, bytes], _Prefix] = OrderedDict()
+        text = model.config.get_text_config(decoder=True)
+        self._takes_masks = getattr(text, "_attn_implementation", None) in ("sdpa", "eager")
+        self._prefixes: OrderedDict[tuple[str, bytes], Prefix] = OrderedDict()
         self.num_computed_tokens = 0  # padding included
 
     @torch.inference_mode()
@@ -128,7 +119,8 @@ class Prefill:
             **kwargs: Any,
         ) -> torch.Tensor:
             inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-            logits_BV = model(**inputs, return_dict=True).logits[:, -1]
+            with computed_at(model, [-1]):
+                logits_BV = model(**inputs, return_dict=True).logits[:, -1]
             position = last_position(inputs, len(samples))
             if position is None:
                 raise NotImplementedError(f"{type(model).__name__} does not say its positions")
@@ -137,7 +129,7 @@ class Prefill:
             self.num_computed_tokens += num_cells * len(samples)
             seen_BV = seen_tokens(input_ids, kwargs.get("attention_mask"), logits_BV) if self._needs_history else None
             spans = [[(num_cells - sample.num_tokens, num_cells)] for sample in samples]
-            found.append(Prefilled(model, logits_BV, layers, spans, position, seen_BV))
+            found.append(Prefilled(model, logits_BV, layers, range(len(samples)), spans, position, seen_BV))
             return input_ids
 
         with features.serving(samples) if features is not None and served else nullcontext():
@@ -152,49 +144,39 @@ class Prefill:
     # Prompts with a shared prefix -------------------------------------------------------------------------------
 
     def _continued(self, waiting: Sequence[Waiting]) -> Prefilled:
-        """Each prompt from the end of its family's prefix on: prefix and rest are padded in front, each for itself."""
+        """Each prompt from the end of its family's prefix on."""
         prefixes = self._prefixes_of(waiting)
-        rests = [one.sample.tensors["input_ids"][0, one.num_shared :] for one in waiting]
-        width, num_rest = max(prefix.num_tokens for prefix in prefixes), max(map(len, rests))
-        device = prefixes[0].position.device
-        input_ids = torch.full((len(rests), num_rest), int(self._settings.pad_token_id or 0))
-        mask_BT = torch.zeros(len(rests), width + num_rest, dtype=torch.long)
-        step_BT = torch.zeros(len(rests), num_rest, dtype=torch.long)
-        spans = []
-        for row, (prefix, rest) in enumerate(zip(prefixes, rests, strict=True)):
-            start, begin = width - prefix.num_tokens, num_rest - len(rest)
-            input_ids[row, begin:] = torch.from_numpy(rest)
-            mask_BT[row, start:width] = mask_BT[row, width + begin :] = 1
-            step_BT[row, begin:] = torch.arange(1, len(rest) + 1)
-            spans.append([(start, width), (width + begin, width + num_rest)])
-        cache = DynamicCache()
-        for number in range(len(prefixes[0].layers)):
-            cache.update(
-                _side_by_side([prefix.layers[number][0] for prefix in prefixes], width),
-                _side_by_side([prefix.layers[number][1] for prefix in prefixes], width),
-                number,
-            )
-        position = torch.stack([prefix.position for prefix in prefixes], dim=-2) + step_BT.to(device)
         decoder = prefixes[0].decoder
-        last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(decoder.forward).parameters else {}
-        logits_BV = decoder(
-            input_ids=input_ids.to(device),
-            attention_mask=mask_BT.to(device),
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **last_only,
-        ).logits[:, -1]
-        self.num_computed_tokens += input_ids.numel()
+        rests = Continuation(
+            prefixes,
+            [one.sample.tensors["input_ids"][0, one.num_shared :] for one in waiting],
+            max_pack_tokens=MAX_PACK_TOKENS if self._takes_masks else 0,
+            pad_token_id=int(self._settings.pad_token_id or 0),
+            like=prefixes[0].layers[0][0],
+        )
+        inputs: dict[str, Any] = {}
+        if "logits_to_keep" in inspect.signature(decoder.forward).parameters:
+            inputs["logits_to_keep"] = torch.tensor(rests.ends, device=rests.position.device)
+        with computed_at(decoder, rests.ends):
+            logits_FEV = decoder(
+                input_ids=rests.input_ids_FR,
+                attention_mask=rests.mask,
+                position_ids=rests.position,
+                past_key_values=rests.cache,
+                use_cache=True,
+                return_dict=True,
+                **inputs,
+            ).logits
+        logits_BV = rests.at_ends(logits_FEV)
+        self.num_computed_tokens += rests.num_computed_tokens
         seen_BV = None
         if self._needs_history:
-            seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool, device=device)
+            seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool, device=logits_BV.device)
             for row, one in enumerate(waiting):
-                seen_BV[row, torch.from_numpy(one.sample.tensors["input_ids"][0]).to(device)] = True
-        return Prefilled(decoder, logits_BV, cache.layers, spans, position[..., -1:], seen_BV)
+                seen_BV[row, torch.from_numpy(one.sample.tensors["input_ids"][0]).to(logits_BV.device)] = True
+        return Prefilled(decoder, logits_BV, rests.cache.layers, rests.pack_B, rests.spans, rests.end_position, seen_BV)
 
-    def _prefixes_of(self, waiting: Sequence[Waiting]) -> list[_Prefix]:
+    def _prefixes_of(self, waiting: Sequence[Waiting]) -> list[Prefix]:
         keys = [_prefix_key(one) for one in waiting]
         missing = {key: one for key, one in zip(keys, waiting, strict=True) if key not in self._prefixes}
         found = {key: self._prefixes[key] for key in keys if key in self._prefixes}
@@ -207,7 +189,7 @@ class Prefill:
                     (layer.keys[row, :, start:stop].clone(), layer.values[row, :, start:stop].clone())
                     for layer in whole.layers
                 ]
-                found[key] = self._prefixes[key] = _Prefix(whole.decoder, layers, whole.position[..., row, :].clone())
+                found[key] = self._prefixes[key] = Prefix(whole.decoder, layers, whole.position[..., row, :].clone())
         num_bytes = sum(prefix.num_bytes for prefix in self._prefixes.values())
         while num_bytes > _PREFIX_BYTES and self._prefixes:
             _, dropped = self._prefixes.popitem(last=False)
@@ -225,12 +207,3 @@ def _identity(sample: EncodedSample) -> object:
 def _prefix_key(one: Waiting) -> tuple[str, bytes]:
     assert one.sample.image_key is not None
     return one.sample.image_key, one.sample.tensors["input_ids"][0, : one.num_shared].tobytes()
-
-
-def _side_by_side(rows_HPD: Sequence[torch.Tensor], width: int) -> torch.Tensor:
-    """Rows of different length as one batch [B, H, width, D], zeros in front."""
-    first = rows_HPD[0]
-    found = first.new_zeros(len(rows_HPD), first.shape[0], width, first.shape[2])
-    for row, keys_HPD in enumerate(rows_HPD):
-        found[row, :, width - keys_HPD.shape[1] :] = keys_HPD
-    return found
