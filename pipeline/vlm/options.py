@@ -44,6 +44,7 @@ class DecodeAttention(Enum):
     auto = "auto"
     matmul = "matmul"
     sdpa = "sdpa"
+    flash = "flash"
 
 
 class Quantization(Enum):
@@ -142,7 +143,9 @@ class SlotsConfig(EngineConfig):
     reuse_images: bool = option(True, "encode an image once for all the rows that show it", speed=True)
     reuse_prefixes: bool = option(True, "compute once what several prompts about one image begin with", speed=True)
     decode_attention: DecodeAttention = option(
-        DecodeAttention.auto, "kernel of decode steps: auto (the faster, tried at start), matmul or sdpa", speed=True
+        DecodeAttention.auto,
+        "kernel of decode steps: auto (the fastest, tried at start), matmul, sdpa or, on CUDA, flash",
+        speed=True,
     )
     fused_projections: bool = option(True, "compute q, k and v, and gate and up, as one product each", speed=True)
     cuda_graphs: bool = option(True, "on a CUDA device, record decode steps and replay them", speed=True)

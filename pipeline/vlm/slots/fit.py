@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+
+from pipeline.errors import UsageError
 from pipeline.records import EncodedSample
 from pipeline.vlm.base import Batcher, EngineCounts
 from pipeline.vlm.failure import described, free_bytes, raise_fatal
@@ -41,7 +44,11 @@ _WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their
 
 
 class SlotsFit:
-    """Held by an engine, whose `counts` it keeps."""
+    """Held by an engine, whose `counts` it keeps.
+
+    Raises:
+        UsageError: the attention that was asked for is not for this device.
+    """
 
     def __init__(
         self,
@@ -61,12 +68,18 @@ class SlotsFit:
         self._features: ImageFeatures | None = None
         if options.reuse_images:
             self._features = ImageFeatures(loaded.model, batcher, inputs, max_bytes=_FEATURE_BYTES)
+        if options.decode_attention is DecodeAttention.flash and self._device.type != "cuda":
+            raise UsageError(
+                "engine.decode_attention=flash needs a CUDA device, and the model is on "
+                f"{self._device.type}; auto takes the fastest that works"
+            )
         self._record = recorder(self._device) if options.cuda_graphs else None
         # A CPU that waits for nothing gains nothing by reading late, and would compute each row once too often.
         self.reads_late = self._device.type == "cuda"
         self._projections: Projections | None = None
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
         self._max_cells = options.max_slot_tokens or _FIRST_CELLS
+        self._like_BHTD: torch.Tensor | None = None  # keys of the model
         self._prefill: Prefill | None = None
         self._memory: SlotMemory | None = None
         self.counts = EngineCounts()
@@ -186,6 +199,8 @@ class SlotsFit:
                 log.info(
                     "slots: logits agree with generate() to %.0e of the largest (allowed: %.0e)", error, trial.bound
                 )
+                if not self.verdicts and self._options.decode_attention is DecodeAttention.auto:
+                    self._take_fastest_attention(trial)
                 return True
             if self._features is not None:
                 self._features = None
@@ -229,18 +244,34 @@ class SlotsFit:
 
             error = trial.error(build, reserve)
             if not self.verdicts:
-                self._size(memory, max(one.sample.num_tokens for one in trial.waiting))
+                self._size(memory)
             return error
         finally:
             self.counts = counts
 
-    def _size(self, memory: SlotMemory, num_prompt_tokens: int) -> None:
-        """How much the slots may hold, from what is free; and what attends to them, where that is left to us."""
+    def _size(self, memory: SlotMemory) -> None:
+        """How much the slots may hold, from what is free."""
         if self._options.max_slot_tokens is None:
             share = _FREE_SHARE_CPU if self._device.type == "cpu" else _FREE_SHARE
             self._max_cells = int(share * free_bytes(self._device)) // max(1, memory.bytes_per_token)
-        if self._options.decode_attention is DecodeAttention.auto:
-            text = self._model.config.get_text_config(decoder=True)
-            num_cells = num_prompt_tokens + self._max_new_tokens // 2
-            self._kernel = fastest(memory, num_heads=text.num_attention_heads, num_cells=num_cells)
-            log.info("slots: %s attends in decode steps, the faster of two on this machine", self._kernel)
+        self._like_BHTD = memory.pools[0].keys_NHSD[0][:1, :, :1].clone()
+
+    def _take_fastest_attention(self, trial: Trial) -> None:
+        """Of the kernels for decode steps; one that the trial has not seen is tried, too."""
+        text = self._model.config.get_text_config(decoder=True)
+        num_cells = max(one.sample.num_tokens for one in trial.waiting) + self._max_new_tokens // 2
+        assert self._like_BHTD is not None
+        tried, num_rows, num_heads = self._kernel, self._options.max_batch_rows, text.num_attention_heads
+        self._kernel = fastest(self._like_BHTD, num_rows=num_rows, num_heads=num_heads, num_cells=num_cells)
+        if self._kernel != tried:
+            try:
+                error = self._error(trial)
+            except Exception as problem:  # whatever a kernel finds to say about a model
+                raise_fatal(problem)
+                error = float("inf")
+            if error > trial.bound:
+                log.info(
+                    "slots: %s attention differs by %.1e of the largest logit and is not used", self._kernel, error
+                )
+                self._kernel = tried
+        log.info("slots: %s attends in decode steps, the fastest on this machine", self._kernel)

@@ -143,7 +143,7 @@ class RecordedDecoder:
         def forward() -> torch.Tensor:
             before, memory.shares = memory.shares, shares
             for share in shares:
-                share.masks.clear()
+                share.known.clear()
             try:
                 return decode(token_N, position_N, cache)
             finally:

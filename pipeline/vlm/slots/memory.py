@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 # Capacities 64, 96, 128, 192, 256, 384 ...: no more than half of a slot lies idle, and pools are few.
 _CLASSES = sorted({64 << power for power in range(16)} | {96 << power for power in range(16)})
 _FIRST_SLOTS = 4
+_TOKEN_BY_TOKEN = {"cuda"}  # devices whose storage is [N, S, H, D]
 _GENERATIONS = itertools.count()
 
 
@@ -52,10 +53,8 @@ class Pool:
         """Make room for so many slots; what is there stays."""
         for tensors in (self.keys_NHSD, self.values_NHSD):
             for layer, old_NHSD in enumerate(tensors):
-                new_NHSD = old_NHSD.new_empty(num_slots, *old_NHSD.shape[1:])
+                new_NHSD = self.storage(old_NHSD, num_slots)
                 new_NHSD[: self.num_slots] = old_NHSD
-                # What no row wrote is masked, but 0 times infinity is not 0.
-                new_NHSD[self.num_slots :] = 0
                 tensors[layer] = new_NHSD
         self.free += range(self.num_slots, num_slots)
         self.num_slots, self.generation = num_slots, next(_GENERATIONS)
@@ -63,11 +62,18 @@ class Pool:
     def allocate(self, layers: Sequence[Any]) -> None:
         """Storage shaped like the layers of a cache [B, H, T, D]."""
         if not self.keys_NHSD:
-            self.keys_NHSD = [self._storage(layer.keys) for layer in layers]
-            self.values_NHSD = [self._storage(layer.values) for layer in layers]
+            self.keys_NHSD = [self.storage(layer.keys, self.num_slots) for layer in layers]
+            self.values_NHSD = [self.storage(layer.values, self.num_slots) for layer in layers]
 
-    def _storage(self, like_BHTD: torch.Tensor) -> torch.Tensor:
-        return like_BHTD.new_zeros(self.num_slots, like_BHTD.shape[1], self.num_cells, like_BHTD.shape[3])
+    def storage(self, like_BHTD: torch.Tensor, num_slots: int) -> torch.Tensor:
+        """Keys or values of a layer [N, H, S, D]; on CUDA token by token, as flash attention reads them.
+
+        Zeros: what no row wrote is masked, but 0 times infinity is not 0.
+        """
+        num_heads, width = like_BHTD.shape[1], like_BHTD.shape[3]
+        if like_BHTD.device.type in _TOKEN_BY_TOKEN:
+            return like_BHTD.new_zeros(num_slots, self.num_cells, num_heads, width).transpose(1, 2)
+        return like_BHTD.new_zeros(num_slots, num_heads, self.num_cells, width)
 
 
 @dataclass(slots=True)
@@ -81,24 +87,36 @@ class Share:
     num_slots: int  # the highest live slot, and one
     length_P: torch.Tensor  # cells filled before this step: where its token goes
     num_cells: int = 0  # of the longest row, with this step's
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by sliding window; [num_slots, 1, 1, cells]
+    known: dict[object, torch.Tensor] = field(default_factory=dict)  # of the step at hand
 
     @property
     def is_dense(self) -> bool:
         return self.num_slots == self.stop - self.start
 
+    def used_N(self) -> torch.Tensor:
+        """Cells that a step's queries look at, its own among them; 1 for slots that are free. int32 [num_slots]."""
+        if "used" not in self.known:
+            length_N = self.length_P.new_zeros(self.num_slots)
+            length_N[self.index_P] = self.length_P
+            self.known["used"] = (length_N + 1).to(torch.int32)
+        return self.known["used"]
+
+    def starts(self) -> torch.Tensor:
+        """0, 1 ... num_slots, as int32."""
+        if "starts" not in self.known:
+            self.known["starts"] = torch.arange(self.num_slots + 1, dtype=torch.int32, device=self.length_P.device)
+        return self.known["starts"]
+
     def mask(self, window: int | None) -> torch.Tensor:
         """What a step's queries may not look at, True there: [num_slots, 1, 1, num_cells]."""
-        if window not in self.masks:
+        if ("mask", window) not in self.known:
             cell_S = torch.arange(self.num_cells, device=self.length_P.device)
-            length_N1 = self.length_P.new_zeros(self.num_slots)
-            length_N1[self.index_P] = self.length_P
-            length_N1 = length_N1[:, None]
+            length_N1 = (self.used_N() - 1)[:, None]
             hidden_NS = cell_S > length_N1
             if window is not None:
                 hidden_NS |= cell_S <= length_N1 - window
-            self.masks[window] = hidden_NS[:, None, None]
-        return self.masks[window]
+            self.known["mask", window] = hidden_NS[:, None, None]
+        return self.known["mask", window]
 
 
 class SlotMemory:
@@ -195,7 +213,7 @@ class SlotMemory:
         """Before each forward: how far the queries look."""
         for share in self.shares:
             share.num_cells = 1 + max(slot.num_tokens for slot in slots[share.start : share.stop])
-            share.masks.clear()
+            share.known.clear()
 
     def _grow(self, pool: Pool) -> bool:
         wanted = min(max(_FIRST_SLOTS, 2 * pool.num_slots), self.max_slots)
@@ -231,12 +249,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def parts(self, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a pool up to its longest row: [num_slots, H, num_cells, D]."""
-        keys_NHSD, values_NHSD = share.pool.keys_NHSD[self._number], share.pool.values_NHSD[self._number]
-        return (
-            keys_NHSD[: share.num_slots, :, : share.num_cells],
-            values_NHSD[: share.num_slots, :, : share.num_cells],
-        )
+        """Keys and values of a pool up to its last live slot: [num_slots, H, S, D]."""
+        pool = share.pool
+        return pool.keys_NHSD[self._number][: share.num_slots], pool.values_NHSD[self._number][: share.num_slots]
 
     def update(self, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write each row's cell; the attention function finds the rest through the key's `slot_layer`."""

@@ -1,0 +1,152 @@
+"""Attention of decode steps: every kernel gives what each row alone would get, over any memory."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from test_slots_engine import answers_of, engines_of, many
+
+from pipeline.errors import UsageError
+from pipeline.vlm.options import DecodeAttention
+from pipeline.vlm.slots import attention, fit, memory
+from pipeline.vlm.slots.attention import KERNELS
+from pipeline.vlm.slots.memory import Pool, Share
+
+HEADS, CELLS, SIZE = 2, 24, 8
+INDEX, LENGTHS = (0, 2, 3), (6, 1, 20)  # live slots of four, and how many cells each has filled before
+
+
+def flash_forward(
+    query_NQD: torch.Tensor,
+    keys_THD: torch.Tensor,
+    values_THD: torch.Tensor,
+    start_queries: torch.Tensor,
+    start_keys: torch.Tensor,
+    max_queries: int,
+    max_keys: int,
+    dropout: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    window_size_left: int | None,
+    window_size_right: int | None,
+    seqused_k: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """What torch's operator is documented to do with one query a row, which no CPU can run."""
+    assert {start_queries.dtype, start_keys.dtype, seqused_k.dtype} == {torch.int32}
+    assert start_queries.tolist() == list(range(len(query_NQD) + 1)) and max_queries == 1 and not dropout
+    group = query_NQD.shape[1] // keys_THD.shape[1]
+    found = []
+    for row, query_QD in enumerate(query_NQD):
+        first = int(start_keys[row])
+        assert int(start_keys[row + 1]) - first == max_keys
+        stop = first + int(seqused_k[row])
+        if window_size_left is not None:
+            assert window_size_right == 0
+            first = max(first, stop - 1 - window_size_left)
+        keys_HSD, values_HSD = (
+            tensor_THD[first:stop].transpose(0, 1).repeat_interleave(group, 0) for tensor_THD in (keys_THD, values_THD)
+        )
+        shares_QS = torch.softmax((keys_HSD @ query_QD[:, :, None])[:, :, 0] * scale, -1)
+        found.append((shares_QS[:, None] @ values_HSD)[:, 0])
+    return (torch.stack(found),)
+
+
+@pytest.fixture(params=[False, True], ids=["head by head", "token by token"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param:
+        monkeypatch.setattr(memory, "_TOKEN_BY_TOKEN", {"cpu"})
+    monkeypatch.setattr(attention, "_flash_forward", flash_forward)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_row_attends_to_its_own_cells(
+    name: str, group: int, window: int | None, softcap: float | None, layout: bool
+) -> None:
+    torch.manual_seed(0)
+    pool = Pool(CELLS)
+    keys, values = (pool.storage(torch.empty(1, HEADS, 1, SIZE), 4).normal_() for _ in range(2))
+    assert keys.is_contiguous() is not layout
+    share = Share(pool, 0, 3, torch.tensor(INDEX), 4, torch.tensor(LENGTHS), max(LENGTHS) + 1)
+    query = torch.randn(4, HEADS, group, SIZE)
+    found = KERNELS[name](query, keys, values, share, window, 0.3, softcap)
+    for index, length in zip(INDEX, LENGTHS, strict=True):
+        first = 0 if window is None else max(0, length + 1 - window)
+        scores = 0.3 * query[index] @ keys[index, :, first : length + 1].transpose(-1, -2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        wanted = torch.softmax(scores, -1) @ values[index, :, first : length + 1]
+        torch.testing.assert_close(found[index], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_TOKEN_BY_TOKEN", {"cpu"})
+    seen: list[int] = []
+
+    def watching(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.extend((keys.data_ptr(), values.data_ptr()))
+        return flash_forward(query, keys, values, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_flash_forward", watching)
+    pool = Pool(CELLS)
+    keys, values = (pool.storage(torch.empty(1, HEADS, 1, SIZE), 4).normal_() for _ in range(2))
+    share = Share(pool, 0, 3, torch.arange(3), 3, torch.tensor(LENGTHS), 21)
+    KERNELS["flash"](torch.randn(3, HEADS, 1, SIZE), keys[:3], values[:3], share, None, 1.0, None)
+    assert seen == [keys.data_ptr(), values.data_ptr()]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_answers_by_flash_attention_are_those_of_padded_batches(
+    name: str, layout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: "flash")
+    slots, static = engines_of(name)
+    given = many(name)
+    assert answers_of(slots, given) == answers_of(static, given)
+    assert slots.numerics["decode_attention"] == "flash" and all(slots.fit.verdicts.values())
+
+
+def test_of_the_kernels_the_fastest_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any) -> torch.Tensor:
+        raise RuntimeError("head of 12 dimensions\nand a long story")
+
+    def slow(*args: Any) -> torch.Tensor:
+        time.sleep(0.05)
+        return sdpa(*args)
+
+    sdpa = KERNELS["sdpa"]
+    like = torch.zeros(1, HEADS, 1, SIZE)
+    for other, wanted in ((refuses, "sdpa"), (slow, "sdpa")):
+        monkeypatch.setitem(KERNELS, "matmul", other)
+        assert attention.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == wanted
+    monkeypatch.undo()
+    monkeypatch.setitem(KERNELS, "sdpa", slow)
+    assert attention.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == "matmul"
+
+
+@pytest.mark.parametrize("problem", ["it raises", "it is wrong"])
+def test_a_kernel_is_tried_on_the_model_before_it_is_used(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(*args: Any) -> torch.Tensor:
+        if problem == "it raises":
+            raise RuntimeError("head of 12 dimensions")
+        return attention.sdpa(*args) * 1.1
+
+    monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: "matmul")
+    monkeypatch.setitem(KERNELS, "matmul", bad)
+    slots, static = engines_of()
+    given = many()
+    assert answers_of(slots, given) == answers_of(static, given)
+    assert slots.numerics["decode_attention"] == "sdpa" and slots.fit._features is not None
+
+
+def test_flash_attention_on_a_cpu_is_refused() -> None:
+    with pytest.raises(UsageError, match="decode_attention=flash needs a CUDA device"):
+        engines_of(decode_attention=DecodeAttention.flash)
