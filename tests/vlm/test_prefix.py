@@ -97,6 +97,24 @@ def test_the_last_layer_computes_the_tokens_that_are_asked_for_and_no_others(mod
     assert not torch.allclose(found_2TV[:, 3], plain_2TV[:, 3])
 
 
+def test_a_forward_that_a_library_has_put_there_stays(model: Any) -> None:
+    part = model.get_decoder().layers[-1].mlp
+    widths: list[int] = []
+
+    def hooked(hidden: torch.Tensor) -> torch.Tensor:
+        widths.append(hidden.shape[1])
+        return type(part).forward(part, hidden)
+
+    part.forward = hooked
+    try:
+        with computed_at(model, [-1]):
+            part(torch.ones(2, 9, 32))
+        part(torch.ones(2, 9, 32))
+    finally:
+        del part.forward
+    assert widths == [1, 9]
+
+
 @torch.inference_mode()
 def test_a_feed_forward_part_that_gives_more_than_a_tensor_computes_all(
     model: Any, monkeypatch: pytest.MonkeyPatch

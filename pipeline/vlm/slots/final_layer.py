@@ -25,7 +25,7 @@ def computed_at(model: Any, places: Sequence[int]) -> Iterator[None]:
     if part is None:
         yield
         return
-    forward = part.forward
+    forward, own = part.forward, vars(part).get("forward")  # its own where a library (accelerate) has put one there
 
     def at_places(hidden_BTK: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or hidden_BTK.ndim != 3 or hidden_BTK.shape[1] <= len(places):
@@ -40,7 +40,10 @@ def computed_at(model: Any, places: Sequence[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        del part.forward
+        if own is None:
+            del part.forward
+        else:
+            part.forward = own
 
 
 def _last_feed_forward(model: Any) -> Any | None:
