@@ -57,6 +57,11 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
         settings = effective_settings(config.generation, identity.generation_config)
         if obstacle := slots_obstacle(settings):
             raise UsageError(f"engine=slots: {obstacle}. engine=auto takes padded batches where the slots do not fit.")
+    if isinstance(config.engine, SlotsConfig):
+        from pipeline.vlm.device import placement
+        from pipeline.vlm.slots.attention import check_decode_attention
+
+        check_decode_attention(config.engine.decode_attention, placement(config.vlm).device)
     check_model(config.vlm, identity)
 
 

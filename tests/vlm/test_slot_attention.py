@@ -147,6 +147,29 @@ def test_a_kernel_is_tried_on_the_model_before_it_is_used(problem: str, monkeypa
     assert slots.numerics["decode_attention"] == "sdpa" and slots.fit._features is not None
 
 
+def test_where_no_kernel_is_fit_to_be_timed_the_tried_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> str:
+        raise torch.OutOfMemoryError("no room for 256 MiB")
+
+    monkeypatch.setattr(fit, "fastest", full)
+    slots, static = engines_of()
+    given = many()
+    assert answers_of(slots, given) == answers_of(static, given)
+    assert slots.numerics["decode_attention"] == "sdpa" and all(slots.fit.verdicts.values())
+
+
+def test_the_last_kernel_to_fail_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any) -> torch.Tensor:
+        raise RuntimeError("head of 12 dimensions")
+
+    for name in KERNELS:
+        monkeypatch.setitem(KERNELS, name, refuses)
+    with pytest.raises(RuntimeError, match="head of 12 dimensions"):
+        attention.fastest(torch.zeros(1, HEADS, 1, SIZE), num_rows=4, num_heads=HEADS, num_cells=10)
+
+
 def test_flash_attention_on_a_cpu_is_refused() -> None:
     with pytest.raises(UsageError, match="decode_attention=flash needs a CUDA device"):
-        engines_of(decode_attention=DecodeAttention.flash)
+        attention.check_decode_attention(DecodeAttention.flash, torch.device("cpu"))
+    for kernel in DecodeAttention:
+        attention.check_decode_attention(kernel, torch.device("cuda"))

@@ -19,7 +19,9 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from pipeline.errors import UsageError
 from pipeline.vlm.failure import raise_fatal
+from pipeline.vlm.options import DecodeAttention
 from pipeline.vlm.slots.memory import Pool, Share
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def flash(
     """FlashAttention (Dao, 2023) over the cells that each row has filled; slots lie behind each other as sequences.
 
     Raises:
-        RuntimeError, NotImplementedError: the device, the dtype or the size of a head is none that it knows.
+        RuntimeError: the device, the dtype or the size of a head is none that it knows.
     """
     if softcap is not None:
         return matmul(query_NHGD, keys_NHSD, values_NHSD, share, window, scale, softcap)
@@ -164,6 +166,19 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
+def check_decode_attention(wanted: DecodeAttention, device: torch.device) -> None:
+    """Before a model is loaded.
+
+    Raises:
+        UsageError: the kernel that was asked for is not for this device.
+    """
+    if wanted is DecodeAttention.flash and device.type != "cuda":
+        raise UsageError(
+            "engine.decode_attention=flash needs a CUDA device, and the model is on "
+            f"{device.type}; auto takes the fastest that works"
+        )
+
+
 def fastest(like_BHTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells: int) -> str:
     """The name of the kernel that is fastest here; a few calls of each.
 
@@ -171,6 +186,9 @@ def fastest(like_BHTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells
         like_BHTD: keys of the model.
         num_rows, num_cells: slots that are all taken, and how much each has filled.
         num_heads: of queries.
+
+    Raises:
+        RuntimeError: none works; what the last one said.
     """
     device, num_kv_heads, width = like_BHTD.device, like_BHTD.shape[1], like_BHTD.shape[3]
     row_bytes = 2 * num_cells * num_kv_heads * width * like_BHTD.element_size()
@@ -190,10 +208,12 @@ def fastest(like_BHTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells
                 KERNELS[name](query, keys, values, share, None, width**-0.5, None)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-            except (RuntimeError, NotImplementedError) as problem:
+            except RuntimeError as problem:
                 raise_fatal(problem)
                 log.info("slots: %s attention is not for this model: %s", name, str(problem).split("\n")[0])
                 names.remove(name)
+                if not names:
+                    raise
                 continue
             taken = time.perf_counter() - began
             seconds[name] = min(taken, seconds.get(name, taken))

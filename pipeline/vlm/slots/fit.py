@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UsageError
 from pipeline.records import EncodedSample
 from pipeline.vlm.base import Batcher, EngineCounts
 from pipeline.vlm.failure import described, free_bytes, raise_fatal
@@ -44,11 +43,7 @@ _WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their
 
 
 class SlotsFit:
-    """Held by an engine, whose `counts` it keeps.
-
-    Raises:
-        UsageError: the attention that was asked for is not for this device.
-    """
+    """Held by an engine, whose `counts` it keeps."""
 
     def __init__(
         self,
@@ -68,11 +63,6 @@ class SlotsFit:
         self._features: ImageFeatures | None = None
         if options.reuse_images:
             self._features = ImageFeatures(loaded.model, batcher, inputs, max_bytes=_FEATURE_BYTES)
-        if options.decode_attention is DecodeAttention.flash and self._device.type != "cuda":
-            raise UsageError(
-                "engine.decode_attention=flash needs a CUDA device, and the model is on "
-                f"{self._device.type}; auto takes the fastest that works"
-            )
         self._record = recorder(self._device) if options.cuda_graphs else None
         # A CPU that waits for nothing gains nothing by reading late, and would compute each row once too often.
         self.reads_late = self._device.type == "cuda"
@@ -217,7 +207,7 @@ class SlotsFit:
                 return False
 
     def _speed_up(self) -> None:
-        """Once, after the model as it is has told the truth: its products faster, and the faster attention."""
+        """Once, after the model as it is has told the truth: its products faster."""
         options = self._options
         if self._projections is None and not self.verdicts and (options.fused_projections or options.packed_weights):
             self._projections = Projections(
@@ -262,16 +252,15 @@ class SlotsFit:
         num_cells = max(one.sample.num_tokens for one in trial.waiting) + self._max_new_tokens // 2
         assert self._like_BHTD is not None
         tried, num_rows, num_heads = self._kernel, self._options.max_batch_rows, text.num_attention_heads
-        self._kernel = fastest(self._like_BHTD, num_rows=num_rows, num_heads=num_heads, num_cells=num_cells)
-        if self._kernel != tried:
-            try:
-                error = self._error(trial)
-            except Exception as problem:  # whatever a kernel finds to say about a model
-                raise_fatal(problem)
-                error = float("inf")
-            if error > trial.bound:
-                log.info(
-                    "slots: %s attention differs by %.1e of the largest logit and is not used", self._kernel, error
-                )
-                self._kernel = tried
+        try:
+            self._kernel = fastest(self._like_BHTD, num_rows=num_rows, num_heads=num_heads, num_cells=num_cells)
+            error = self._error(trial) if self._kernel != tried else 0.0
+            difference = f"logits differ by {error:.1e} of the largest"
+        except Exception as problem:  # whatever a kernel finds to say about a model
+            raise_fatal(problem)
+            error, difference = float("inf"), ": ".join(described(problem))
+        if error > trial.bound:
+            log.info("slots: %s attends in decode steps; no other could be used: %s", tried, difference)
+            self._kernel = tried
+            return
         log.info("slots: %s attends in decode steps, the fastest on this machine", self._kernel)
