@@ -25,7 +25,6 @@ from pipeline.vlm.options import SlotsConfig
 from pipeline.vlm.sampling import Sampler
 from pipeline.vlm.slots.fit import SlotsFit
 from pipeline.vlm.slots.loop import SlotLoop
-from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.queue import Queue, SharedPrefix, Waiting, has_image_positions, has_windows, image_token_ids
 from pipeline.vlm.static import StaticEngine
 
@@ -111,13 +110,13 @@ class SlotsEngine:
             RunFailed: the accelerator failed.
         """
         queue = self._queue(samples)
-        loop, memory = self.fit.loop(self._choose)
+        loop = self.fit.loop(self._choose)
         while True:
             if not self._stop.requested:
-                yield from self._refill(queue, loop, memory)
+                yield from self._refill(queue, loop)
             yield from self._leaving(loop)
             if loop.num_live:
-                yield from self._step(queue, loop, memory)
+                yield from self._step(queue, loop)
                 yield from self._leaving(loop)
             elif self._stop.requested or queue.ended:
                 return
@@ -131,17 +130,17 @@ class SlotsEngine:
         found: dict[int, Trace] = {}
         try:
             queue = self._queue(iter(samples))
-            loop, memory = self.fit.loop(self._choose)
+            loop = self.fit.loop(self._choose)
             while True:
-                for _ in self._refill(queue, loop, memory, keep_logits=True):
+                for _ in self._refill(queue, loop, keep_logits=True):
                     pass  # a row that fails has no trace
-                if not loop.num_live and queue.ended:
-                    break
                 if loop.num_live:
                     loop.step()
                 for row in loop.finished():
                     if row.fault is None:
                         found[id(row.sample)] = Trace(tuple(row.tokens), row.logits_SV or [])
+                if not loop.num_live and queue.ended:
+                    break
         finally:
             counts.trial_seconds += self.counts.trial_seconds
             self.counts, self.on_token = counts, on_token
@@ -155,19 +154,15 @@ class SlotsEngine:
             shared=self._shared_prefix,
         )
 
-    def _refill(
-        self, queue: Queue, loop: SlotLoop, memory: SlotMemory, *, keep_logits: bool = False
-    ) -> Iterator[Answer]:
+    def _refill(self, queue: Queue, loop: SlotLoop, *, keep_logits: bool = False) -> Iterator[Answer]:
         """Put rows into the free slots; yields the answers of those that cannot go there."""
-        num_free = self._max_slots - loop.num_live
+        yield from self._seat(queue, loop)
         enough = max(1, self._max_slots // _REFILL_SHARE)
-        if num_free < enough:
-            return
-        # Few rows at a time are slow to read and to decode: where input is late, what little there is waits for more.
-        if not queue.gather(enough, wait=loop.num_live < enough):
-            return
-        while num_free > 0:
-            group = queue.take(num_free, self._max_prefill_tokens)
+        while loop.num_live < self._max_slots and not loop.num_begun and not loop.has_ended:
+            # Few rows at a time are slow to read and to decode: where input is late, what little there is waits.
+            if not queue.gather(enough, wait=loop.num_live < enough):
+                return
+            group = queue.take(self._max_slots, self._max_prefill_tokens)
             if not group:
                 return
             if not self.fit.serves(group):
@@ -175,42 +170,23 @@ class SlotsEngine:
                 continue
             if group[0].num_shared and not self.fit.shares(group):
                 group = [Waiting(one.sample) for one in group]
-            generations = [self._generation(one.sample, keep_logits=keep_logits) for one in group]
-            slots: list[Slot] = []
-            for generation in generations:
-                slot = memory.reserve(generation.sample.num_tokens + generation.max_new_tokens)
-                if slot is None:
-                    break
-                slots.append(slot)
-            queue.put_back(group[len(slots) :])
-            if not slots:
-                return
-            yield from self._admit(group[: len(slots)], generations[: len(slots)], slots, queue, loop, memory)
-            num_free = self._max_slots - loop.num_live
+            yield from self._begin(group, queue, loop, keep_logits=keep_logits)
+            yield from self._seat(queue, loop)
 
-    def _admit(
-        self,
-        group: list[Waiting],
-        generations: list[Generation],
-        slots: list[Slot],
-        queue: Queue,
-        loop: SlotLoop,
-        memory: SlotMemory,
+    def _begin(
+        self, group: list[Waiting], queue: Queue, loop: SlotLoop, *, keep_logits: bool = False
     ) -> Iterator[Answer]:
-        """Prefill; what fails is halved until the culprit stands alone, and its answer is the fault."""
+        """Compute prompts; what fails is halved until the culprit stands alone, and its answer is the fault."""
+        generations = [self._generation(one.sample, keep_logits=keep_logits) for one in group]
         try:
-            loop.admit(group, generations, slots)
+            loop.begin(group, generations)
             return
         except (Interrupted, RunFailed):
             raise
         except Exception as problem:  # any row may bring a model down in its own way: isolated, recorded, counted
             found, out_of_memory = self._judged(problem)
-        for slot in slots:
-            memory.release(slot)
         if out_of_memory:
-            self.counts.num_out_of_memory += 1
-            self._num_calm_answers = 0
-            release_memory(self._loaded.device)
+            self._count_out_of_memory()
         if len(group) > 1:
             if out_of_memory:
                 width = max(one.sample.num_tokens for one in group)
@@ -221,9 +197,7 @@ class SlotsEngine:
             self.counts.num_failed_batches += 1
             half = len(group) // 2
             for part in (group[:half], group[half:]):
-                fresh = [self._generation(one.sample, keep_logits=generations[0].logits_SV is not None) for one in part]
-                again = [memory.reserve(one.sample.num_tokens + one.max_new_tokens) for one in fresh]
-                yield from self._admit(part, fresh, [slot for slot in again if slot is not None], queue, loop, memory)
+                yield from self._begin(part, queue, loop, keep_logits=keep_logits)
             return
         if out_of_memory and loop.num_live:
             self._evict_half(queue, loop)
@@ -231,7 +205,24 @@ class SlotsEngine:
             return
         yield self._ending.answer(replace(generations[0], fault=Fault(Stage.GENERATE, *found)))
 
-    def _step(self, queue: Queue, loop: SlotLoop, memory: SlotMemory) -> Iterator[Answer]:
+    def _seat(self, queue: Queue, loop: SlotLoop) -> Iterator[Answer]:
+        """Begun rows into free slots. Out of memory takes rows out of theirs; what fails alone is a fault."""
+        while True:
+            try:
+                loop.seat(self._max_slots)
+                return
+            except (Interrupted, RunFailed):
+                raise
+            except Exception as problem:
+                found, out_of_memory = self._judged(problem)
+            if out_of_memory:
+                self._count_out_of_memory()
+                if loop.num_live:
+                    self._evict_half(queue, loop)
+                    return
+            yield self._ending.answer(replace(loop.refuse(), fault=Fault(Stage.GENERATE, *found)))
+
+    def _step(self, queue: Queue, loop: SlotLoop) -> Iterator[Answer]:
         """One token more for all. Out of memory takes half of the rows out; another failure is the static engine's."""
         try:
             loop.step()
@@ -241,8 +232,7 @@ class SlotsEngine:
         except Exception as problem:
             found, out_of_memory = self._judged(problem)
         if out_of_memory and loop.num_live > 1:
-            self.counts.num_out_of_memory += 1
-            release_memory(self._loaded.device)
+            self._count_out_of_memory()
             self._evict_half(queue, loop)
             return
         samples = loop.evict(loop.num_live)
@@ -250,10 +240,14 @@ class SlotsEngine:
         self.counts.num_failed_batches += 1
         yield from self._static.answers(iter(samples))
 
+    def _count_out_of_memory(self) -> None:
+        self.counts.num_out_of_memory += 1
+        self._num_calm_answers = 0
+        release_memory(self._loaded.device)
+
     def _evict_half(self, queue: Queue, loop: SlotLoop) -> None:
         num_live = loop.num_live
         self._max_slots = max(1, num_live // 2)
-        self._num_calm_answers = 0
         queue.put_back(Waiting(sample) for sample in loop.evict(num_live - self._max_slots))
         log.warning("out of memory with %d rows; %d rows at a time from here on", num_live, self._max_slots)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from pipeline.records import EncodedSample
 from pipeline.vlm.base import Batcher, EngineCounts
 from pipeline.vlm.failure import described, free_bytes, raise_fatal
 from pipeline.vlm.inputs import ModelInputs
@@ -26,7 +25,7 @@ from pipeline.vlm.slots.attention import KERNELS, fastest
 from pipeline.vlm.slots.features import ImageFeatures
 from pipeline.vlm.slots.graph import RecordedDecoder, recorder
 from pipeline.vlm.slots.loop import Choose, SlotLoop
-from pipeline.vlm.slots.memory import Slot, SlotMemory
+from pipeline.vlm.slots.memory import SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.projection import Projections
 from pipeline.vlm.slots.queue import Waiting
@@ -96,13 +95,13 @@ class SlotsFit:
         steps = {"decode_steps": "recorded"} if self._record is not None else {}
         return {"decode_attention": self._kernel, "products": products, **steps}
 
-    def loop(self, choose: Choose) -> tuple[SlotLoop, SlotMemory]:
+    def loop(self, choose: Choose) -> SlotLoop:
         """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
         self._memory = SlotMemory(
             max_slots=self._options.max_batch_rows, max_cells=self._max_cells, kernel=KERNELS[self._kernel]
         )
         loop, self._prefill = self._loop_over(self._memory, choose, patience=_PATIENCE, late=self.reads_late)
-        return loop, self._memory
+        return loop
 
     def _loop_over(
         self, memory: SlotMemory, choose: Choose, *, patience: int, late: bool = False
@@ -227,12 +226,7 @@ class SlotsFit:
             def build(choose: Choose) -> SlotLoop:
                 return self._loop_over(memory, choose, patience=0)[0]
 
-            def reserve(sample: EncodedSample) -> Slot:
-                slot = memory.reserve(sample.num_tokens + 64)
-                assert slot is not None, "a trial's memory has no limit"
-                return slot
-
-            error = trial.error(build, reserve)
+            error = trial.error(build)
             if not self.verdicts:
                 self._size(memory)
             return error

@@ -1,6 +1,9 @@
-"""The loop of the slots engine: free slots are filled with prompts, all live slots decode together, answers leave.
+"""The loop of the slots engine: prompts are computed, enter free slots, decode together, and leave as answers.
 
-    queue -> prefill of a few prompts -> slots -> decode step over all of them -> tokens -> answers, free slots -> ...
+    queue -> prefill of some prompts -> begun rows -> free slots -> decode steps -> answers, free slots -> ...
+
+As many prompts are computed together as keep the machine busy, however few slots are free; rows that have begun wait
+for a slot, and a slot waits for none.
 
 Shapes: B live rows, V tokens of the vocabulary.
 """
@@ -9,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +27,7 @@ from pipeline.vlm.slots.graph import Decode
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.queue import Waiting
+from pipeline.vlm.slots.rows import BegunRow, LiveRows
 
 
 class Choose(Protocol):
@@ -39,20 +43,8 @@ class Choose(Protocol):
     ) -> torch.Tensor: ...
 
 
-@dataclass(slots=True)
-class LiveRows:
-    """What the next decode step is given; all in one order, that of pools and their slots."""
-
-    generations: list[Generation]
-    slots: list[Slot]
-    token_B: torch.Tensor
-    position: torch.Tensor  # [..., B, 1]
-    length_B: torch.Tensor  # tokens that the slot holds
-    seen_BV: torch.Tensor | None
-
-
 class SlotLoop:
-    """Rows in slots. `admit` and `step` are the two moves; what is done leaves with the next `arrange`.
+    """`begin` computes prompts, `seat` gives slots to the rows that have begun, `step` decodes, `finished` takes out.
 
     Args:
         recorded: makes of a decoder one that records its steps (graph.py); None leaves it as it is.
@@ -75,49 +67,91 @@ class SlotLoop:
         self._recorded = recorded
         self._late = choose if late and isinstance(choose, TokenChoice) else None
         self._unread: _Unread | None = None
+        self._begun: deque[BegunRow] = deque()
+        self._ended: list[Generation] = []  # with their first token
         self._rows: LiveRows | None = None
         self._decode: Decode | None = None
 
     @property
     def num_live(self) -> int:
+        """Rows in slots."""
         return len(self._rows.generations) if self._rows else 0
 
     @property
-    def generations(self) -> list[Generation]:
-        """Those in slots."""
-        return list(self._rows.generations) if self._rows else []
+    def num_begun(self) -> int:
+        """Rows that wait for a slot."""
+        return len(self._begun)
 
-    def admit(self, waiting: Sequence[Waiting], generations: Sequence[Generation], slots: Sequence[Slot]) -> None:
-        """Prefill prompts and put them into slots with their first token.
+    @property
+    def has_ended(self) -> bool:
+        """Whether rows ended with their first token, and have not been taken out."""
+        return bool(self._ended)
+
+    def begin(self, waiting: Sequence[Waiting], generations: Sequence[Generation]) -> None:
+        """Compute prompts; each row has its first token then, and has ended or waits for a slot.
 
         Raises:
-            whatever the model raises; no row is in its slot then.
+            whatever the model raises; no row has begun then.
         """
         began, vision_seconds = time.perf_counter(), self._counts.vision_seconds
         num_computed = self._prefill.num_computed_tokens
-        whole, of_sample = self._prefill(waiting)
+        batch, of_sample = self._prefill(waiting)
         if self._decode is None:
-            decoder = Decoder(whole.decoder)
+            decoder = Decoder(batch.decoder)
             self._decode = self._recorded(decoder) if self._recorded else decoder
-        found = whole.of(of_sample)
-        for slot, row, spans in zip(slots, found.rows, found.spans, strict=True):
-            self._memory.insert(slot, found.layers, row, spans)
-        token_B = self._choose(generations, found.logits_BV, found.seen_BV)
+        batch = batch.of(of_sample)
+        token_B = self._choose(generations, batch.logits_BV, batch.seen_BV)
+        for place, row in enumerate(generations):
+            if row.done:
+                self._ended.append(row)
+            else:
+                self._begun.append(BegunRow(row, batch, place, token_B[place : place + 1]))
         self._counts.num_batches += 1
         self._counts.num_prompt_tokens += sum(one.sample.num_tokens for one in waiting)
         self._counts.num_padded_prompt_tokens += self._prefill.num_computed_tokens - num_computed
-        new = LiveRows(
-            list(generations),
-            list(slots),
-            token_B,
-            found.position + 1,
-            torch.tensor([slot.num_tokens for slot in slots], device=token_B.device),
-            found.seen_BV,
-        )
-        self._rows = new if self._rows is None else _joined(self._rows, new)
-        self._arrange()
         in_vision = self._counts.vision_seconds - vision_seconds
         self._counts.prefill_seconds += time.perf_counter() - began - in_vision
+
+    def seat(self, max_live: int) -> None:
+        """Rows that have begun take slots while there are any, in their order; so many may be live.
+
+        Raises:
+            whatever the device raises; each row has begun and waits, or is in its slot.
+        """
+        if not self._begun or self.num_live >= max_live:
+            return
+        began = time.perf_counter()
+        seated: list[BegunRow] = []
+        slots: list[Slot] = []
+        try:
+            while self._begun and self.num_live + len(seated) < max_live:
+                slot = self._filled_slot(self._begun[0])
+                if slot is None:
+                    break
+                seated.append(self._begun.popleft())
+                slots.append(slot)
+        finally:
+            if seated:
+                new = LiveRows.of(seated, slots)
+                self._rows = new if self._rows is None else self._rows.joined(new)
+                self._arrange()
+            self._counts.prefill_seconds += time.perf_counter() - began
+
+    def refuse(self) -> Generation:
+        """Take out the first of the rows that wait for a slot."""
+        return self._begun.popleft().generation
+
+    def _filled_slot(self, row: BegunRow) -> Slot | None:
+        """With the keys and values of its prompt; None while there is no room."""
+        slot = self._memory.reserve(row.generation.sample.num_tokens + row.generation.max_new_tokens)
+        if slot is None:
+            return None
+        try:
+            self._memory.insert(slot, row.batch.layers, row.batch.rows[row.place], row.batch.spans[row.place])
+        except BaseException:
+            self._memory.release(slot)
+            raise
+        return slot
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -153,21 +187,21 @@ class SlotLoop:
 
     def finished(self) -> list[Generation]:
         """The rows that have ended since; their slots are free."""
-        if self._rows is None:
-            return []
-        done = [row for row in self._rows.generations if row.done]
-        if done:
+        done, self._ended = self._ended, []
+        if self._rows is not None and any(row.done for row in self._rows.generations):
+            done += [row for row in self._rows.generations if row.done]
             self._leave([place for place, row in enumerate(self._rows.generations) if not row.done])
-            self._counts.num_generated_tokens += sum(len(row.tokens) for row in done)
+        self._counts.num_generated_tokens += sum(len(row.tokens) for row in done)
         return done
 
     def evict(self, num_rows: int) -> list[EncodedSample]:
-        """Take the last rows out of their slots, to be begun anew."""
-        if self._rows is None:
-            return []
-        keep = max(0, len(self._rows.generations) - num_rows)
-        out = [row.sample for row in self._rows.generations[keep:]]
-        self._leave(list(range(keep)))
+        """Take the last rows out of their slots, and all that wait for one, to be begun anew."""
+        out = [row.generation.sample for row in self._begun]
+        self._begun.clear()
+        if self._rows is not None:
+            keep = max(0, len(self._rows.generations) - num_rows)
+            out = [row.sample for row in self._rows.generations[keep:]] + out
+            self._leave(range(keep))
         return out
 
     def _leave(self, stay: Sequence[int]) -> None:
@@ -177,7 +211,7 @@ class SlotLoop:
         for place, (slot, row) in enumerate(zip(rows.slots, rows.generations, strict=True)):
             if place not in staying:
                 self._memory.release(slot, wipe=row.fault is not None)
-        self._rows = _selected(rows, stay) if stay else None
+        self._rows = rows.selected(stay) if stay else None
         if not stay:
             self._unread = None
         self._arrange()
@@ -189,7 +223,7 @@ class SlotLoop:
         slots = self._rows.slots
         order = sorted(range(len(slots)), key=lambda place: (slots[place].pool.num_cells, slots[place].index))
         if order != list(range(len(slots))):
-            self._rows = _selected(self._rows, order)
+            self._rows = self._rows.selected(order)
         self._memory.arrange(self._rows.slots, self._rows.length_B)
 
 
@@ -248,26 +282,3 @@ class Decoder:
             return logits_B1V[:, -1]
         finally:
             self._config._attn_implementation = {"": before}
-
-
-def _selected(rows: LiveRows, places: Sequence[int]) -> LiveRows:
-    index = torch.tensor(places, device=rows.token_B.device)
-    return LiveRows(
-        [rows.generations[place] for place in places],
-        [rows.slots[place] for place in places],
-        rows.token_B[index],
-        rows.position[..., index, :],
-        rows.length_B[index],
-        None if rows.seen_BV is None else rows.seen_BV[index],
-    )
-
-
-def _joined(one: LiveRows, other: LiveRows) -> LiveRows:
-    return LiveRows(
-        one.generations + other.generations,
-        one.slots + other.slots,
-        torch.cat([one.token_B, other.token_B]),
-        torch.cat([one.position, other.position], dim=-2),
-        torch.cat([one.length_B, other.length_B]),
-        None if one.seen_BV is None or other.seen_BV is None else torch.cat([one.seen_BV, other.seen_BV]),
-    )

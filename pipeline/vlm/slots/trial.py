@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline.records import EncodedSample, FinishReason
+from pipeline.records import FinishReason
 from pipeline.vlm.answer import Generation
 from pipeline.vlm.base import Batcher
 from pipeline.vlm.inputs import ModelInputs
@@ -49,7 +49,7 @@ class Trial:
                 loop.run(model, inputs(batcher.collate([one.sample])), settings)
             self._truth.append(script)
 
-    def error(self, build: Callable[[Any], SlotLoop], reserve: Callable[[EncodedSample], Any]) -> float:
+    def error(self, build: Callable[[Any], SlotLoop]) -> float:
         """The largest difference, of the largest logit.
 
         build: makes a loop that chooses its tokens by what it is given.
@@ -64,12 +64,13 @@ class Trial:
         generations = [Generation(one.sample, _NUM_STEPS) for one in waiting]
         for generation, turn in zip(generations, turns, strict=True):
             told.tokens[id(generation)] = self._truth[turn].tokens
-        slots = [reserve(one.sample) for one in waiting]
         half = max(1, len(waiting) // 2)
-        loop.admit(waiting[:half], generations[:half], slots[:half])
+        loop.begin(waiting[:half], generations[:half])
+        loop.seat(half)
         loop.step()
         loop.step()
-        loop.admit(waiting[half:], generations[half:], slots[half:])
+        loop.begin(waiting[half:], generations[half:])
+        loop.seat(len(waiting))
         while loop.num_live:
             loop.step()
             loop.finished()
