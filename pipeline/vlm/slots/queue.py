@@ -6,6 +6,7 @@ them their shards.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -82,24 +83,38 @@ class Queue:
         self._window.extendleft(reversed(list(waiting)))
 
     def take(self, num_rows: int, num_tokens: int) -> list[Waiting]:
-        """Of those gathered, up to so many that may be padded together to so many prompt tokens; one at least."""
+        """Of those gathered, up to so many rows that may be computed together; one at least.
+
+        num_tokens: of the prompts, padding included; and of the prefixes that they share, which are computed before.
+        """
         if not self._window:
             self._sort()
         taken: list[Waiting] = []
         width = num_prefix_tokens = 0
         while self._window and len(taken) < num_rows:
             one = self._window[0]
+            if taken and (
+                bool(one.num_shared) != bool(taken[0].num_shared) or not self._batcher.fits(taken[0].sample, one.sample)
+            ):
+                break
+            begins = bool(one.num_shared) and not (taken and _share_prefix(taken[-1], one))
+            # A family is not divided between two batches unless it is alone: the rests of one lie beside each other.
+            rows = self._family() if begins and taken else 1
             width = max(width, one.num_own_tokens)
-            begins = one.num_shared and not (taken and taken[-1].sample.image_key == one.sample.image_key)
             num_prefix_tokens += one.num_shared if begins else 0
             if taken and (
-                width * (len(taken) + 1) + num_prefix_tokens > num_tokens
-                or bool(one.num_shared) != bool(taken[0].num_shared)
-                or not self._batcher.fits(taken[0].sample, one.sample)
+                len(taken) + rows > num_rows
+                or width * (len(taken) + rows) > num_tokens
+                or num_prefix_tokens > num_tokens
             ):
                 break
             taken.append(self._window.popleft())
         return taken
+
+    def _family(self) -> int:
+        """How many of the next rows share a prefix."""
+        first = self._window[0]
+        return sum(1 for _ in itertools.takewhile(lambda one: _share_prefix(first, one), self._window))
 
     def _sort(self) -> None:
         """What has arrived is the next window."""
@@ -115,6 +130,10 @@ class Queue:
     @property
     def _ready(self) -> bool:
         return bool(getattr(self._samples, "ready", True))
+
+
+def _share_prefix(one: Waiting, other: Waiting) -> bool:
+    return bool(one.num_shared and other.num_shared) and one.sample.image_key == other.sample.image_key
 
 
 def _size_class(cap: int) -> int:
