@@ -6,7 +6,7 @@ import pytest
 from ragged import Observed, measured, one_thread, questions, sample  # noqa: F401
 from tiny_checkpoints import ARCHITECTURES
 
-from pipeline.vlm.slots import loop
+from pipeline.vlm.slots import fit, loop, prompt_attention
 from pipeline.vlm.slots.engine import SlotsEngine
 
 BOUND = 1e-5  # of the largest logit
@@ -31,6 +31,15 @@ def test_rows_in_slots_give_the_logits_of_each_row_alone(name: str) -> None:
     found = measured(name)
     assert found.slots_error <= BOUND
     assert found.slots == (name not in STATIC)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in STATIC])
+def test_prompts_attended_to_some_queries_at_a_time_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_attention, "_QUERIES", 8)
+    monkeypatch.setattr(fit, "faster", lambda *args, **kwargs: True)
+    observed = Observed(name, engine="slots")
+    assert observed.error([sample(name, 0), sample(name, 2), *questions(name, 2, 3)]) <= BOUND
+    assert observed.engine.numerics["prompt_attention"] == "float32"
 
 
 @pytest.mark.parametrize("name", SHARING)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.vlm.slots.loop import Choose, SlotLoop
 from pipeline.vlm.slots.memory import SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.projection import Projections
+from pipeline.vlm.slots.prompt_attention import attended, faster
 from pipeline.vlm.slots.queue import Waiting
 from pipeline.vlm.slots.trial import Trial
 
@@ -38,6 +39,7 @@ _FIRST_CELLS = 1 << 16  # until a trial has shown how large one is
 # Of free memory, for keys and values: prompts need the rest, and on a CPU other programs.
 _FREE_SHARE, _FREE_SHARE_CPU = 0.8, 0.4
 _PATIENCE = 4  # decode steps of a shape before it is recorded: most shapes that come once come often
+_TRIED_TOKENS = 2048  # of a prompt, to see how fast it is attended to
 _WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their products
 
 
@@ -66,6 +68,7 @@ class SlotsFit:
         # A CPU that waits for nothing gains nothing by reading late, and would compute each row once too often.
         self.reads_late = self._device.type == "cuda"
         self._projections: Projections | None = None
+        self._attended: Callable[[Any], AbstractContextManager[None]] = nullcontext
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
         self._max_cells = options.max_slot_tokens or _FIRST_CELLS
         self._like_BHTD: torch.Tensor | None = None  # keys of the model
@@ -92,8 +95,9 @@ class SlotsFit:
     def numerics(self) -> Mapping[str, str]:
         """What may differ in the last bits between two runs."""
         products = str(self._projections.choice) if self._projections else "plain"
+        prompts = "torch" if self._attended is nullcontext else "float32"
         steps = {"decode_steps": "recorded"} if self._record is not None else {}
-        return {"decode_attention": self._kernel, "products": products, **steps}
+        return {"decode_attention": self._kernel, "prompt_attention": prompts, "products": products, **steps}
 
     def loop(self, choose: Choose) -> SlotLoop:
         """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
@@ -122,6 +126,7 @@ class SlotsFit:
             self._settings,
             self._features,
             needs_history=choose.needs_history,
+            attended=self._attended,
         )
         return SlotLoop(prefill, memory, choose, self.counts, recorded, late=late), prefill
 
@@ -152,7 +157,7 @@ class SlotsFit:
         finally:
             self.counts.trial_seconds += time.perf_counter() - began
             if self._prefill is not None and self._memory is not None:
-                self._prefill.features = self._features
+                self._prefill.features, self._prefill.attended = self._features, self._attended
                 self._memory.max_cells, self._memory.kernel = self._max_cells, KERNELS[self._kernel]
 
     def _try_shared(self, group: Sequence[Waiting]) -> bool:
@@ -176,7 +181,7 @@ class SlotsFit:
             raise_fatal(problem)
             log.warning("slots: generate() itself failed on the rows to try (%s: %s)", *described(problem))
             return False
-        self._speed_up()
+        self._speed_up(max(one.sample.num_tokens for one in trial.waiting))
         while True:
             try:
                 error = self._error(trial)
@@ -197,6 +202,9 @@ class SlotsFit:
             elif self._record is not None:
                 self._record = None
                 log.info("slots: decode steps are not recorded, as otherwise %s", difference)
+            elif self._attended is not nullcontext:
+                self._attended = nullcontext
+                log.info("slots: prompts are attended to by torch's kernel, as otherwise %s", difference)
             elif self._projections is not None:
                 self._projections.restore()
                 self._projections = None
@@ -205,16 +213,24 @@ class SlotsFit:
                 log.warning("this model does not fit the slots engine (%s); padded batches answer its rows", difference)
                 return False
 
-    def _speed_up(self) -> None:
-        """Once, after the model as it is has told the truth: its products faster."""
+    def _speed_up(self, num_tokens: int) -> None:
+        """Once, after the model as it is has told the truth: its products and attention to prompts of a length."""
         options = self._options
-        if self._projections is None and not self.verdicts and (options.fused_projections or options.packed_weights):
+        if self.verdicts:
+            return
+        if self._projections is None and (options.fused_projections or options.packed_weights):
             self._projections = Projections(
                 self._model,
                 fuse=options.fused_projections,
                 pack=options.packed_weights and self._model.num_parameters() >= _WORTH_PACKING,
                 free_bytes=free_bytes(self._device) // 2,
             )
+        text = self._model.config.get_text_config(decoder=True)
+        if self._device.type != "cpu" or text._attn_implementation != "sdpa":
+            return
+        if faster(text, self._model.dtype, num_tokens=min(num_tokens, _TRIED_TOKENS)):
+            self._attended = attended
+            log.info("slots: prompts are attended to some queries at a time, faster than by torch's kernel here")
 
     def _error(self, trial: Trial) -> float:
         counts = self.counts

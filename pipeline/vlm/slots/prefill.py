@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +59,11 @@ class Prefilled:
 
 
 class Prefill:
-    """Held by a loop. features: where encoded images come from; None lets the model encode them itself."""
+    """Held by a loop.
+
+    features: where encoded images come from; None lets the model encode them itself.
+    attended: how the language model attends to prompts (prompt_attention.py); by its own function if not said.
+    """
 
     def __init__(
         self,
@@ -70,11 +74,12 @@ class Prefill:
         features: ImageFeatures | None,
         *,
         needs_history: bool,
+        attended: Callable[[Any], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model, self._batcher, self._inputs = model, batcher, inputs
         self._settings = copy.copy(settings)
         self._settings.max_new_tokens = 1
-        self.features, self._needs_history = features, needs_history
+        self.features, self.attended, self._needs_history = features, attended, needs_history
         text = model.config.get_text_config(decoder=True)
         self._takes_masks = getattr(text, "_attn_implementation", None) in ("sdpa", "eager")
         self._prefixes: OrderedDict[tuple[str, bytes], Prefix] = OrderedDict()
@@ -119,7 +124,7 @@ class Prefill:
             **kwargs: Any,
         ) -> torch.Tensor:
             inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-            with computed_at(model, [-1]):
+            with computed_at(model, [-1]), self.attended(model):
                 logits_BV = model(**inputs, return_dict=True).logits[:, -1]
             position = last_position(inputs, len(samples))
             if position is None:
@@ -157,7 +162,7 @@ class Prefill:
         inputs: dict[str, Any] = {}
         if "logits_to_keep" in inspect.signature(decoder.forward).parameters:
             inputs["logits_to_keep"] = torch.tensor(rests.ends, device=rests.position.device)
-        with computed_at(decoder, rests.ends):
+        with computed_at(decoder, rests.ends), self.attended(decoder):
             logits_FEV = decoder(
                 input_ids=rests.input_ids_FR,
                 attention_mask=rests.mask,

@@ -1,0 +1,178 @@
+"""Attention of prompts, some queries at a time: what torch's kernel gives for the whole, and the same answers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_slots_engine import answers_of, engines_of, many
+from tiny_models import family
+from torch.nn import functional
+
+from pipeline.vlm.slots import fit, prompt_attention
+from pipeline.vlm.slots.prompt_attention import attend, attended, by_stretches
+
+ROWS, HEADS, SIZE, NUM = 2, 4, 8, 21
+MODULE = SimpleNamespace(is_causal=True)
+
+
+@pytest.fixture(autouse=True)
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_attention, "_QUERIES", 6)
+    prompt_attention._of_this_forward.forget()
+
+
+def causal(num_queries: int, num_cells: int) -> torch.Tensor:
+    return torch.ones(ROWS, 1, num_queries, num_cells, dtype=torch.bool).tril(num_cells - num_queries)
+
+
+def padded() -> torch.Tensor:
+    mask = causal(NUM, NUM)
+    mask[0, :, :, :8] = False  # more than a stretch: its queries see nothing
+    return mask
+
+
+def windowed() -> torch.Tensor:
+    mask = causal(NUM, NUM)
+    return mask & ~mask.tril(-5)
+
+
+def packed() -> torch.Tensor:
+    mask = causal(NUM, NUM + 10)
+    mask[:, :, 9:, 10:19] = False  # a second prompt over the same prefix
+    return mask
+
+
+def images() -> torch.Tensor:
+    mask = causal(NUM, NUM)
+    mask[:, :, 3:12, 3:12] = True  # its tokens see each other
+    return mask
+
+
+MASKS: dict[str, Any] = {
+    "causal": lambda: causal(NUM, NUM),
+    "padded": padded,
+    "sliding windows": windowed,
+    "packs": packed,
+    "images seen both ways": images,
+    "the end of a prompt": lambda: causal(7, NUM),
+}
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("as_number", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_each_query_gets_what_it_gets_in_the_whole(name: str, as_number: bool, group: int) -> None:
+    mask = MASKS[name]()
+    query = torch.randn(ROWS, HEADS, mask.shape[2], SIZE)
+    key, value = (torch.randn(ROWS, HEADS // group, mask.shape[3], SIZE) for _ in range(2))
+    whole = [tensor.repeat_interleave(group, 1) for tensor in (key, value)]
+    wanted = functional.scaled_dot_product_attention(query, *whole, attn_mask=mask, scale=0.3).transpose(1, 2)
+    given = mask
+    if as_number:
+        given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    found, _ = attend(MODULE, query, key, value, given, scaling=0.3)
+    sees = mask.any(-1)[:, 0]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[sees], wanted[sees], rtol=1e-5, atol=1e-5)
+
+
+def test_no_mask_is_causal() -> None:
+    query, key, value = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
+    wanted = functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(attend(MODULE, query, key, value, None)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stretch_computes_no_cells_that_it_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[tuple[int, int]] = []
+    original = functional.scaled_dot_product_attention
+
+    def watching(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        computed.append((query.shape[2], key.shape[2]))
+        return original(query, key, value, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watching)
+    tensors = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
+    attend(MODULE, *tensors, windowed())
+    attend(MODULE, *tensors, None)
+    assert computed == [(6, 6), (6, 10), (6, 10), (3, 7), (6, 6), (6, 12), (6, 18), (3, 21)]
+
+
+def test_what_is_not_causal_and_known_is_torchs_own() -> None:
+    query, key, value = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
+    both_ways = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    assert torch.equal(attend(SimpleNamespace(is_causal=False), query, key, value, None)[0], both_ways)
+    bias = torch.randn(1, HEADS, NUM, NUM)
+    wanted = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+    found, _ = attend(SimpleNamespace(is_causal=False), query, key, value, None, position_bias=bias)
+    torch.testing.assert_close(found, wanted)
+    for_each_head = torch.rand(ROWS, HEADS, NUM, NUM) > 0.3
+    wanted = functional.scaled_dot_product_attention(query, key, value, attn_mask=for_each_head).transpose(1, 2)
+    assert torch.equal(attend(MODULE, query, key, value, for_each_head)[0], wanted)
+
+
+def test_the_model_has_its_own_function_afterwards() -> None:
+    model = family("llava").model
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    with attended(model):
+        assert config._attn_implementation == prompt_attention.NAME
+        attend(MODULE, *torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind(), None)
+        assert prompt_attention._of_this_forward._known
+    assert config._attn_implementation == before != prompt_attention.NAME
+    with pytest.raises(RuntimeError), attended(model):
+        raise RuntimeError("a model that fails")
+    assert config._attn_implementation == before
+    assert not prompt_attention._of_this_forward._known
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "idefics2", "qwen2_5_vl"])
+def test_answers_are_those_of_padded_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def watching(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return by_stretches(*args)
+
+    monkeypatch.setattr(prompt_attention, "by_stretches", watching)
+    monkeypatch.setattr(fit, "faster", lambda *args, **kwargs: True)
+    slots, static = engines_of(name)
+    given = many(name)
+    wanted = answers_of(static, given)
+    assert not calls
+    assert answers_of(slots, given) == wanted
+    assert calls and slots.numerics["prompt_attention"] == "float32" and all(slots.fit.verdicts.values())
+
+
+@pytest.mark.parametrize("problem", ["it raises", "it is wrong"])
+def test_attention_that_goes_wrong_is_given_up(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> torch.Tensor:
+        if problem == "it raises":
+            raise RuntimeError("head of 12 dimensions")
+        return by_stretches(*args) + 1
+
+    monkeypatch.setattr(prompt_attention, "by_stretches", wrong)
+    monkeypatch.setattr(fit, "faster", lambda *args, **kwargs: True)
+    slots, static = engines_of()
+    given = many()
+    assert answers_of(slots, given) == answers_of(static, given)
+    assert slots.numerics["prompt_attention"] == "torch" and all(slots.fit.verdicts.values())
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_faster_of_the_two_is_taken(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(prompt_attention.time, "perf_counter", lambda: clock.now)
+
+    def takes(seconds: float) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            clock.now += seconds
+
+        return call
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", takes(3.0 if ours else 1.0))
+    monkeypatch.setattr(prompt_attention, "by_stretches", takes(1.0))
+    text = family("llava").model.config.get_text_config(decoder=True)
+    assert prompt_attention.faster(text, torch.float32, num_tokens=20) is ours
