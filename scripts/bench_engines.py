@@ -84,6 +84,11 @@ SIDES: dict[str, Entry] = {
     "ours: slots, 16, each question alone": Entry(
         slots("engine.reuse_images=false", "engine.reuse_prefixes=false"), 16, workloads=("questions",)
     ),
+    "ours: slots, its default, each question alone": Entry(
+        Ours(("engine=slots", "engine.reuse_images=false", "engine.reuse_prefixes=false")),
+        None,
+        workloads=("questions",),
+    ),
     "slots without fused_projections": Entry(slots("engine.fused_projections=false"), 16, "features"),
     "slots without packed_weights": Entry(slots("engine.packed_weights=false"), 16, "features"),
     "slots with sdpa in decode": Entry(slots("engine.decode_attention=sdpa"), 16, "features"),

@@ -160,15 +160,15 @@ def _share(run: Measured, name: str) -> float | None:
 def judged(lines: Sequence[Line], workload: str, sizes: Sizes) -> list[Figure]:
     """What is held against a target, of the sides that ran."""
     by_name = {line.name: line for line in lines if line.runs}
-    slots = by_name.get("ours: slots, 16")
+    slots, default = by_name.get("ours: slots, 16"), by_name.get("ours: slots, its default")
     figures: list[Figure] = []
 
-    def ratio(name: str, value: Callable[[Measured], float], target: str) -> None:
+    def ratio(name: str, value: Callable[[Measured], float], target: str, ours: Line | None = slots) -> None:
         other = by_name.get(name)
-        if slots and other:
-            pairs = zip(slots.runs, other.runs, strict=False)
+        if ours and other:
+            pairs = zip(ours.runs, other.runs, strict=False)
             samples = [value(one) / value(two) for one, two in pairs]
-            figure = Figure(f"slots / {name}", "x", samples)
+            figure = Figure(f"{'slots, its default' if ours is default else 'slots'} / {name}", "x", samples)
             figures.append(compared(figure.name, "x", samples, target, sizes) if target else figure)
 
     ratio("ours: slots, 16, again", lambda run: run.rows_per_second, "")
@@ -178,6 +178,7 @@ def judged(lines: Sequence[Line], workload: str, sizes: Sizes) -> list[Figure]:
         ratio("vLLM, 16 at once", lambda run: run.tokens_per_second, ">= 1")
     if workload == "questions":
         ratio("ours: slots, 16, each question alone", lambda run: run.rows_per_second, ">= 3")
+        ratio("ours: slots, its default, each question alone", lambda run: run.rows_per_second, ">= 3", default)
     for line in by_name.values():
         if not line.name.startswith(("ours: slots", "ours: static")):
             continue
