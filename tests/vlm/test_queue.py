@@ -123,3 +123,23 @@ def test_a_shared_beginning_does_not_end_within_an_image_and_right_after_it_wher
     assert shared([row(n, [1, *[2] * 20, *[IMAGE] * (10 + n)], image="a") for n in range(2)]) == 0
     questions = [row(n, [1, *[IMAGE] * 40, 10 + n, 3, 4], image="a") for n in range(3)]
     assert shared(questions) == (41 if after else 0)
+
+
+def test_questions_about_one_image_are_not_divided_between_two_batches() -> None:
+    begin = [1, *[IMAGE] * 20, 2]
+    given = [row(number, [*begin, *[100 + number] * 4], image=f"image {number // 3}") for number in range(9)]
+    queue = queue_of(iter(given), shared=True)
+    queue.gather(1, wait=True)
+    groups = taken(queue, num_rows=7)
+    assert [len(group) for group in groups] == [6, 3]
+    assert sorted(number for group in groups for number in group) == list(range(9))
+    queue = queue_of(iter(given), shared=True)
+    queue.gather(1, wait=True)
+    # A family that is alone is divided by the budgets: of rows, and of tokens of their own.
+    assert [len(group) for group in taken(queue, num_rows=2)] == [2, 1, 2, 1, 2, 1]
+    queue = queue_of(iter(given), shared=True)
+    queue.gather(1, wait=True)
+    assert [len(group) for group in taken(queue, num_tokens=44)] == [6, 3]  # two prefixes of 22
+    queue = queue_of(iter(given), shared=True)
+    queue.gather(1, wait=True)
+    assert [len(group) for group in taken(queue, num_tokens=20)] == [3, 3, 3]  # five rows of 4

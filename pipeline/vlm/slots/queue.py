@@ -105,7 +105,7 @@ class Queue:
             if taken and (
                 len(taken) + rows > num_rows
                 or width * (len(taken) + rows) > num_tokens
-                or num_prefix_tokens > num_tokens
+                or (begins and num_prefix_tokens > num_tokens)
             ):
                 break
             taken.append(self._window.popleft())

@@ -1,0 +1,136 @@
+"""Rows whose prompts are computed before a slot is free: no slot waits, none is lost, and nothing is held back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_slots_engine import Stop, answers_of, engines_of, failing, many, tried  # noqa: F401
+
+from pipeline.records import EncodedSample
+from pipeline.vlm.slots import engine as engine_module
+from pipeline.vlm.slots.loop import Decoder, SlotLoop
+from pipeline.vlm.slots.memory import SlotMemory
+from pipeline.vlm.slots.prefill import Prefill
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB"
+
+
+def test_no_slot_is_empty_while_a_row_waits(failing: Any) -> None:  # noqa: F811
+    slots, static = engines_of(num_slots=16, ending={"ignore_eos": True})
+    given = many(count=83)
+    wanted = answers_of(static, given)
+    tried(slots, given)
+    sizes: list[int] = []
+    failing(Decoder, "__call__", lambda token_B, *_: sizes.append(len(token_B)))
+    assert answers_of(slots, given) == wanted
+    full = sizes.index(min(sizes))
+    while full and sizes[full - 1] < 16:
+        full -= 1
+    assert full > 20 and sizes[:full] == [16] * full  # then the last rows
+    assert sizes[full:] == sorted(sizes[full:], reverse=True) and sum(sizes) == slots.counts.num_decode_rows
+
+
+def test_prompts_are_computed_together_however_few_slots_are_free(failing: Any) -> None:  # noqa: F811
+    slots, _ = engines_of(num_slots=16, ending={"ignore_eos": True})
+    given = many(count=80)
+    tried(slots, given)
+    sizes: list[int] = []
+    failing(Prefill, "__call__", lambda waiting: sizes.append(len(waiting)))
+    answers_of(slots, given)
+    assert sum(sizes) == 80 and len(sizes) <= 80 / 16 + 2
+
+
+def test_rows_that_end_with_their_first_token_do_not_wait_for_the_rest() -> None:
+    slots, static = engines_of(num_slots=4)
+    given = [replace(one, max_new_tokens=1) for one in many(count=200)]
+    wanted = answers_of(static, given)
+    tried(slots, given)
+    num_read = 0
+
+    def reading() -> Iterator[EncodedSample]:
+        nonlocal num_read
+        for one in given:
+            num_read += 1
+            yield one
+
+    found = []
+    for answer in slots.answers(reading()):
+        found.append(answer)
+        assert num_read <= len(found) + 2 * engine_module._WINDOW_SLOTS * 4
+    assert sorted(found, key=lambda answer: answer.key) == wanted
+    assert slots.counts.num_decode_steps == 0
+
+
+def test_a_row_for_which_there_is_no_room_yet_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for two rows, though there are more slots: begun rows keep their order and their first tokens."""
+    slots, static = engines_of(num_slots=8, max_slot_tokens=200)
+    given = many()
+    waited: list[int] = []
+    seat = SlotLoop.seat
+
+    def watching(self: SlotLoop, max_live: int) -> None:
+        seat(self, max_live)
+        waited.append(self.num_begun if self.num_live < max_live else 0)
+
+    monkeypatch.setattr(SlotLoop, "seat", watching)
+    assert answers_of(slots, given) == answers_of(static, given)
+    assert max(waited) > 0
+
+
+@pytest.mark.parametrize("time", [1, 7])
+def test_out_of_memory_on_the_way_into_a_slot_takes_rows_out_and_loses_none(
+    time: int,
+    failing: Any,  # noqa: F811
+) -> None:
+    slots, static = engines_of(num_slots=8)
+    given = many(count=40)
+    wanted = answers_of(static, given)
+    tried(slots, given)
+    calls: list[int] = []
+
+    def check(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == time + 1:  # the first time none is live, the seventh some are
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    failing(SlotMemory, "insert", check)
+    assert answers_of(slots, given) == wanted
+    assert slots.counts.num_out_of_memory == 1
+
+
+def test_a_row_that_never_gets_into_a_slot_is_an_error_row(failing: Any) -> None:  # noqa: F811
+    slots, static = engines_of(num_slots=4)
+    given = many()
+    wanted = answers_of(static, given)
+    tried(slots, given)
+    calls: list[int] = []
+
+    def check(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("keys of another shape")
+
+    failing(SlotMemory, "insert", check)
+    found = answers_of(slots, given)
+    [failed] = [answer for answer in found if answer.fault is not None]
+    assert failed.fault is not None and failed.fault.kind == "ValueError"
+    assert [answer for answer in found if answer is not failed] == [
+        answer for answer in wanted if answer.key != failed.key
+    ]
+
+
+def test_rows_that_wait_for_a_slot_are_not_begun_again_after_a_stop(failing: Any) -> None:  # noqa: F811
+    signal = Stop()
+    slots, _ = engines_of(num_slots=4, signal=signal, ending={"ignore_eos": True})
+    given = many(count=40)
+    tried(slots, given)
+    results = slots.answers(iter(given))
+    next(results)
+    signal.requested = True
+    prompts: list[int] = []
+    failing(Prefill, "__call__", lambda waiting: prompts.append(len(waiting)))
+    assert len(list(results)) <= 4 and not prompts
