@@ -100,6 +100,7 @@ def test_out_of_memory_on_the_way_into_a_slot_takes_rows_out_and_loses_none(
     failing(SlotMemory, "insert", check)
     assert answers_of(slots, given) == wanted
     assert slots.counts.num_out_of_memory == 1
+    assert slots.fit._memory is not None and slots.fit._memory.num_live == 0
 
 
 def test_a_row_that_never_gets_into_a_slot_is_an_error_row(failing: Any) -> None:  # noqa: F811
@@ -118,6 +119,7 @@ def test_a_row_that_never_gets_into_a_slot_is_an_error_row(failing: Any) -> None
     found = answers_of(slots, given)
     [failed] = [answer for answer in found if answer.fault is not None]
     assert failed.fault is not None and failed.fault.kind == "ValueError"
+    assert slots.fit._memory is not None and slots.fit._memory.num_live == 0  # its slot is free again
     assert [answer for answer in found if answer is not failed] == [
         answer for answer in wanted if answer.key != failed.key
     ]
