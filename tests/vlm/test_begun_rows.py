@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_slots_engine import Stop, answers_of, engines_of, failing, many, tried  # noqa: F401
+from tiny_models import samples
 
-from pipeline.records import EncodedSample
+from pipeline.records import EncodedSample, RecordKey
 from pipeline.vlm.slots import engine as engine_module
+from pipeline.vlm.slots.fit import SlotsFit
 from pipeline.vlm.slots.loop import Decoder, SlotLoop
 from pipeline.vlm.slots.memory import SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
@@ -101,6 +104,51 @@ def test_out_of_memory_on_the_way_into_a_slot_takes_rows_out_and_loses_none(
     assert answers_of(slots, given) == wanted
     assert slots.counts.num_out_of_memory == 1
     assert slots.fit._memory is not None and slots.fit._memory.num_live == 0
+
+
+def questions(num: int) -> list[EncodedSample]:
+    """About one picture, after many words that they share."""
+    one = samples("llava")[0]
+    found = []
+    for number in range(num):
+        ids = np.concatenate([one.tensors["input_ids"][0], np.full(20, 40), 50 + number + np.arange(5)])[None]
+        tensors = {**one.tensors, "input_ids": ids, "attention_mask": np.ones_like(ids)}
+        found.append(replace(one, key=RecordKey(0, f"question {number}", 0), tensors=tensors, image_key="picture"))
+    return found
+
+
+def test_out_of_memory_in_what_follows_a_prefix_makes_prompts_fewer_at_a_time(failing: Any) -> None:  # noqa: F811
+    slots, static = engines_of(num_slots=8)
+    given = questions(8)
+    wanted = answers_of(static, given)
+    tried(slots, given)
+    sizes: list[int] = []
+
+    def check(waiting: Any) -> None:
+        sizes.append(len(waiting))
+        assert len(sizes) < 40, "the same batch again and again"
+        if len(waiting) > 2:
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    failing(Prefill, "_continued", check)
+    assert answers_of(slots, given) == wanted
+    assert slots.counts.num_out_of_memory == sum(size > 2 for size in sizes) > 1
+
+
+def test_questions_that_may_not_share_are_whole_prompts_to_the_budget(
+    failing: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slots, static = engines_of(num_slots=8)
+    given = questions(8)
+    wanted = answers_of(static, given)
+    monkeypatch.setattr(SlotsFit, "_try_shared", lambda self, group: False)
+    tried(slots, given)
+    slots._max_prefill_tokens = slots._full_prefill_tokens = 3 * given[0].num_tokens
+    sizes: list[int] = []
+    failing(Prefill, "_whole", lambda of: sizes.append(len(of)))
+    assert answers_of(slots, given) == wanted
+    assert sizes == [3, 3, 2]
 
 
 def test_a_row_that_never_gets_into_a_slot_is_an_error_row(failing: Any) -> None:  # noqa: F811

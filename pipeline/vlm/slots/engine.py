@@ -169,7 +169,8 @@ class SlotsEngine:
                 yield from self._static.answers(one.sample for one in group)
                 continue
             if group[0].num_shared and not self.fit.shares(group):
-                group = [Waiting(one.sample) for one in group]
+                queue.put_back(Waiting(one.sample) for one in group)  # as wholes they are fewer at a time
+                continue
             yield from self._begin(group, queue, loop, keep_logits=keep_logits)
             yield from self._seat(queue, loop)
 
@@ -190,7 +191,8 @@ class SlotsEngine:
         if len(group) > 1:
             if out_of_memory:
                 width = max(one.sample.num_tokens for one in group)
-                self._max_prefill_tokens = max(1, width * len(group) // 2)
+                # Rows of one image count for less than their length in the budget: it shrinks all the same.
+                self._max_prefill_tokens = max(1, min(self._max_prefill_tokens, width * len(group)) // 2)
                 log.warning("out of memory; prompts of %d tokens are read at a time", self._max_prefill_tokens)
                 queue.put_back(group)
                 return
