@@ -16,7 +16,7 @@ from pipeline.records import EncodedSample, RecordKey
 from pipeline.vlm.slots import engine as engine_module
 from pipeline.vlm.slots.fit import SlotsFit
 from pipeline.vlm.slots.loop import Decoder, SlotLoop
-from pipeline.vlm.slots.memory import SlotMemory
+from pipeline.vlm.slots.pool import Pool
 from pipeline.vlm.slots.prefill import Prefill
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 MiB"
@@ -100,7 +100,7 @@ def test_out_of_memory_on_the_way_into_a_slot_takes_rows_out_and_loses_none(
         if len(calls) == time + 1:  # the first time none is live, the seventh some are
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
-    failing(SlotMemory, "insert", check)
+    failing(Pool, "write", check)
     assert answers_of(slots, given) == wanted
     assert slots.counts.num_out_of_memory == 1
     assert slots.fit._memory is not None and slots.fit._memory.num_live == 0
@@ -163,7 +163,7 @@ def test_a_row_that_never_gets_into_a_slot_is_an_error_row(failing: Any) -> None
         if len(calls) == 3:
             raise ValueError("keys of another shape")
 
-    failing(SlotMemory, "insert", check)
+    failing(Pool, "write", check)
     found = answers_of(slots, given)
     [failed] = [answer for answer in found if answer.fault is not None]
     assert failed.fault is not None and failed.fault.kind == "ValueError"

@@ -71,12 +71,13 @@ def test_each_prompt_has_the_logits_and_cells_of_the_whole(
         logits_V, cache = whole(model, tokens)
         torch.testing.assert_close(logits_BV[prompt], logits_V, rtol=1e-5, atol=1e-5)
         assert found.end_position[prompt].tolist() == [len(tokens) - 1]
-        cells = [cell for span in found.spans[prompt] for cell in range(*span)]
-        assert len(cells) == len(PREFIXES[which]) + length
+        start, stop = found.spans[prompt]
+        assert stop - start == length
         for ours, theirs in zip(found.cache.layers, cache.layers, strict=True):
             for name in ("keys", "values"):
-                ours_HTD = getattr(ours, name)[found.pack_B[prompt]][:, cells]
-                torch.testing.assert_close(ours_HTD, getattr(theirs, name)[0], rtol=1e-5, atol=1e-5)
+                ours_HTD = getattr(ours, name)[found.pack_B[prompt]][:, start:stop]
+                wanted_HTD = getattr(theirs, name)[0, :, -length:]
+                torch.testing.assert_close(ours_HTD, wanted_HTD, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()

@@ -11,9 +11,10 @@ from test_slots_engine import answers_of, engines_of, many
 
 from pipeline.errors import UsageError
 from pipeline.vlm.options import DecodeAttention
-from pipeline.vlm.slots import attention, fit, memory
+from pipeline.vlm.slots import attention, fit, pool
 from pipeline.vlm.slots.attention import KERNELS
-from pipeline.vlm.slots.memory import Pool, Share
+from pipeline.vlm.slots.pool import Pool
+from pipeline.vlm.slots.share import Share
 
 HEADS, CELLS, SIZE = 2, 24, 8
 INDEX, LENGTHS = (0, 2, 3), (6, 1, 20)  # live slots of four, and how many cells each has filled before
@@ -59,7 +60,7 @@ def flash_forward(
 @pytest.fixture(params=[False, True], ids=["head by head", "token by token"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
-        monkeypatch.setattr(memory, "_TOKEN_BY_TOKEN", {"cpu"})
+        monkeypatch.setattr(pool, "_TOKEN_BY_TOKEN", {"cpu"})
     monkeypatch.setattr(attention, "_flash_forward", flash_forward)
     return bool(request.param)
 
@@ -72,10 +73,10 @@ def test_each_row_attends_to_its_own_cells(
     name: str, group: int, window: int | None, softcap: float | None, layout: bool
 ) -> None:
     torch.manual_seed(0)
-    pool = Pool(CELLS)
-    keys, values = (pool.storage(torch.empty(1, HEADS, 1, SIZE), 4).normal_() for _ in range(2))
+    slots = Pool(CELLS)
+    keys, values = (slots.storage(torch.empty(HEADS, 1, SIZE), 4).normal_() for _ in range(2))
     assert keys.is_contiguous() is not layout
-    share = Share(pool, 0, 3, torch.tensor(INDEX), 4, torch.tensor(LENGTHS), max(LENGTHS) + 1)
+    share = Share(slots, 0, 3, torch.tensor(INDEX), 4, torch.tensor(LENGTHS), max(LENGTHS) + 1)
     query = torch.randn(4, HEADS, group, SIZE)
     found = KERNELS[name](query, keys, values, share, window, 0.3, softcap)
     for index, length in zip(INDEX, LENGTHS, strict=True):
@@ -88,7 +89,7 @@ def test_each_row_attends_to_its_own_cells(
 
 
 def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_TOKEN_BY_TOKEN", {"cpu"})
+    monkeypatch.setattr(pool, "_TOKEN_BY_TOKEN", {"cpu"})
     seen: list[int] = []
 
     def watching(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -96,9 +97,9 @@ def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.Monk
         return flash_forward(query, keys, values, *args, **kwargs)
 
     monkeypatch.setattr(attention, "_flash_forward", watching)
-    pool = Pool(CELLS)
-    keys, values = (pool.storage(torch.empty(1, HEADS, 1, SIZE), 4).normal_() for _ in range(2))
-    share = Share(pool, 0, 3, torch.arange(3), 3, torch.tensor(LENGTHS), 21)
+    slots = Pool(CELLS)
+    keys, values = (slots.storage(torch.empty(HEADS, 1, SIZE), 4).normal_() for _ in range(2))
+    share = Share(slots, 0, 3, torch.arange(3), 3, torch.tensor(LENGTHS), 21)
     KERNELS["flash"](torch.randn(3, HEADS, 1, SIZE), keys[:3], values[:3], share, None, 1.0, None)
     assert seen == [keys.data_ptr(), values.data_ptr()]
 
@@ -123,7 +124,7 @@ def test_of_the_kernels_the_fastest_that_works_is_taken(monkeypatch: pytest.Monk
         return sdpa(*args)
 
     sdpa = KERNELS["sdpa"]
-    like = torch.zeros(1, HEADS, 1, SIZE)
+    like = torch.zeros(HEADS, 1, SIZE)
     for other, wanted in ((refuses, "sdpa"), (slow, "sdpa")):
         monkeypatch.setitem(KERNELS, "matmul", other)
         assert attention.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == wanted
@@ -165,7 +166,7 @@ def test_the_last_kernel_to_fail_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     for name in KERNELS:
         monkeypatch.setitem(KERNELS, name, refuses)
     with pytest.raises(RuntimeError, match="head of 12 dimensions"):
-        attention.fastest(torch.zeros(1, HEADS, 1, SIZE), num_rows=4, num_heads=HEADS, num_cells=10)
+        attention.fastest(torch.zeros(HEADS, 1, SIZE), num_rows=4, num_heads=HEADS, num_cells=10)
 
 
 def test_flash_attention_on_a_cpu_is_refused() -> None:

@@ -22,7 +22,9 @@ from transformers import AttentionInterface
 from pipeline.errors import UsageError
 from pipeline.vlm.failure import raise_fatal
 from pipeline.vlm.options import DecodeAttention
-from pipeline.vlm.slots.memory import Pool, Share
+from pipeline.vlm.slots.pool import Pool
+from pipeline.vlm.slots.prefix_attention import attend_to_both
+from pipeline.vlm.slots.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +151,11 @@ def attend(
     query_BHGD = query_BQ1D.reshape(-1, num_kv_heads, num_heads // num_kv_heads, width)
     scale = width**-0.5 if scaling is None else scaling
     window = sliding_window or getattr(module, "sliding_window", None)
+    if layer.memory.prefix_shares:
+        if window is not None or softcap is not None:
+            raise NotImplementedError(f"{type(module).__name__}: a window or a softcap over a shared prefix")
+        out_BHGD = attend_to_both(layer, query_BHGD, scale)
+        return out_BHGD.reshape(len(out_BHGD), 1, num_heads, -1), None
     kernel: Kernel = layer.memory.kernel
     found = []
     for share in layer.memory.shares:
@@ -179,24 +186,24 @@ def check_decode_attention(wanted: DecodeAttention, device: torch.device) -> Non
         )
 
 
-def fastest(like_BHTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells: int) -> str:
+def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells: int) -> str:
     """The name of the kernel that is fastest here; a few calls of each.
 
     Args:
-        like_BHTD: keys of the model.
+        like_HTD: keys of the model.
         num_rows, num_cells: slots that are all taken, and how much each has filled.
         num_heads: of queries.
 
     Raises:
         RuntimeError: none works; what the last one said.
     """
-    device, num_kv_heads, width = like_BHTD.device, like_BHTD.shape[1], like_BHTD.shape[3]
-    row_bytes = 2 * num_cells * num_kv_heads * width * like_BHTD.element_size()
+    device, num_kv_heads, width = like_HTD.device, like_HTD.shape[0], like_HTD.shape[2]
+    row_bytes = 2 * num_cells * num_kv_heads * width * like_HTD.element_size()
     num_rows = max(1, min(num_rows, _TRIED_BYTES // row_bytes))
     pool = Pool(2 * num_cells)  # half full
-    keys = pool.storage(like_BHTD, num_rows).fill_(1)
-    values = pool.storage(like_BHTD, num_rows).fill_(1)
-    query = like_BHTD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
+    keys = pool.storage(like_HTD, num_rows).fill_(1)
+    values = pool.storage(like_HTD, num_rows).fill_(1)
+    query = like_HTD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
     length = torch.full((num_rows,), num_cells - 1, device=device)
     share = Share(pool, 0, num_rows, torch.arange(num_rows, device=device), num_rows, length, num_cells)
     seconds: dict[str, float] = {}

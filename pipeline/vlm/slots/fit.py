@@ -69,9 +69,10 @@ class SlotsFit:
         self.reads_late = self._device.type == "cuda"
         self._projections: Projections | None = None
         self._attended: Callable[[Any], AbstractContextManager[None]] = nullcontext
+        self._shares_cells = False  # whether rows look at one copy of their prefix
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
         self._max_cells = options.max_slot_tokens or _FIRST_CELLS
-        self._like_BHTD: torch.Tensor | None = None  # keys of the model
+        self._like_HTD: torch.Tensor | None = None  # keys of the model
         self._prefill: Prefill | None = None
         self._memory: SlotMemory | None = None
         self.counts = EngineCounts()
@@ -102,7 +103,10 @@ class SlotsFit:
     def loop(self, choose: Choose) -> SlotLoop:
         """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
         self._memory = SlotMemory(
-            max_slots=self._options.max_batch_rows, max_cells=self._max_cells, kernel=KERNELS[self._kernel]
+            max_slots=self._options.max_batch_rows,
+            max_cells=self._max_cells,
+            kernel=KERNELS[self._kernel],
+            shares_prefixes=self._shares_cells,
         )
         loop, self._prefill = self._loop_over(self._memory, choose, patience=_PATIENCE, late=self.reads_late)
         return loop
@@ -159,19 +163,26 @@ class SlotsFit:
             if self._prefill is not None and self._memory is not None:
                 self._prefill.features, self._prefill.attended = self._features, self._attended
                 self._memory.max_cells, self._memory.kernel = self._max_cells, KERNELS[self._kernel]
+                self._memory.shares_prefixes = self._shares_cells
 
     def _try_shared(self, group: Sequence[Waiting]) -> bool:
         try:
             trial = Trial(self._model, self._batcher, self._inputs, self._settings, group[:2])
-            error = self._error(trial)
-        except Exception as problem:  # whatever a model finds to say about our way of calling it
+        except Exception as problem:  # a row may bring any model down: the engine isolates it
             raise_fatal(problem)
             log.info("slots: each prompt is computed from its beginning (%s: %s)", *described(problem))
             return False
-        log.info("slots: prompts that begin alike: logits agree to %.0e of the largest", error)
-        if error > trial.bound:
-            log.info("slots: each prompt is computed from its beginning")
-        return error <= trial.bound
+        self._shares_cells = self._device.type == "cpu" and self._kernel == "sdpa"
+        while True:
+            error, difference = self._measured(trial)
+            if error <= trial.bound:
+                log.info("slots: prompts that begin alike: logits agree to %.0e of the largest", error)
+                return True
+            if not self._shares_cells:
+                log.info("slots: each prompt is computed from its beginning, as otherwise %s", difference)
+                return False
+            self._shares_cells = False
+            log.info("slots: each row has keys and values of its own, as otherwise %s", difference)
 
     def _try(self, group: Sequence[Waiting]) -> bool:
         group = [Waiting(one.sample) for one in group]
@@ -183,12 +194,7 @@ class SlotsFit:
             return False
         self._speed_up(max(one.sample.num_tokens for one in trial.waiting))
         while True:
-            try:
-                error = self._error(trial)
-                difference = f"logits differ by {error:.1e} of the largest"
-            except Exception as problem:  # whatever a model finds to say about our way of calling it
-                raise_fatal(problem)
-                error, difference = float("inf"), ": ".join(described(problem))
+            error, difference = self._measured(trial)
             if error <= trial.bound:
                 log.info(
                     "slots: logits agree with generate() to %.0e of the largest (allowed: %.0e)", error, trial.bound
@@ -232,12 +238,26 @@ class SlotsFit:
             self._attended = attended
             log.info("slots: prompts are attended to some queries at a time, faster than by torch's kernel here")
 
+    def _measured(self, trial: Trial) -> tuple[float, str]:
+        """The largest difference of logits, of the largest logit, and how to say it."""
+        try:
+            error = self._error(trial)
+            return error, f"logits differ by {error:.1e} of the largest"
+        except Exception as problem:  # whatever a model finds to say about our way of calling it
+            raise_fatal(problem)
+            return float("inf"), ": ".join(described(problem))
+
     def _error(self, trial: Trial) -> float:
         counts = self.counts
         self.counts = EngineCounts()
         try:
             # Its own few rows, whatever the run's limits: what one row needs is not known before.
-            memory = SlotMemory(max_slots=len(trial.waiting) + 1, max_cells=sys.maxsize, kernel=KERNELS[self._kernel])
+            memory = SlotMemory(
+                max_slots=len(trial.waiting) + 1,
+                max_cells=sys.maxsize,
+                kernel=KERNELS[self._kernel],
+                shares_prefixes=self._shares_cells,
+            )
 
             def build(choose: Choose) -> SlotLoop:
                 return self._loop_over(memory, choose, patience=0)[0]
@@ -254,16 +274,16 @@ class SlotsFit:
         if self._options.max_slot_tokens is None:
             share = _FREE_SHARE_CPU if self._device.type == "cpu" else _FREE_SHARE
             self._max_cells = int(share * free_bytes(self._device)) // max(1, memory.bytes_per_token)
-        self._like_BHTD = memory.pools[0].keys_NHSD[0][:1, :, :1].clone()
+        self._like_HTD = memory.pools[0].keys_NHSD[0][0, :, :1].clone()
 
     def _take_fastest_attention(self, trial: Trial) -> None:
         """Of the kernels for decode steps; one that the trial has not seen is tried, too."""
         text = self._model.config.get_text_config(decoder=True)
         num_cells = max(one.sample.num_tokens for one in trial.waiting) + self._max_new_tokens // 2
-        assert self._like_BHTD is not None
+        assert self._like_HTD is not None
         tried, num_rows, num_heads = self._kernel, self._options.max_batch_rows, text.num_attention_heads
         try:
-            self._kernel = fastest(self._like_BHTD, num_rows=num_rows, num_heads=num_heads, num_cells=num_cells)
+            self._kernel = fastest(self._like_HTD, num_rows=num_rows, num_heads=num_heads, num_cells=num_cells)
             error = self._error(trial) if self._kernel != tried else 0.0
             difference = f"logits differ by {error:.1e} of the largest"
         except Exception as problem:  # whatever a kernel finds to say about a model

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.vlm.failure import described, raise_fatal, release_memory
-from pipeline.vlm.slots.memory import Share, SlotMemory
+from pipeline.vlm.slots.memory import SlotMemory
+from pipeline.vlm.slots.share import Share
 
 log = logging.getLogger(__name__)
 

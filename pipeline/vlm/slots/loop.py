@@ -125,7 +125,12 @@ class SlotLoop:
         slots: list[Slot] = []
         try:
             while self._begun and self.num_live + len(seated) < max_live:
-                slot = self._filled_slot(self._begun[0])
+                first = self._begun[0]
+                slot = self._memory.enter(
+                    first.batch.keys_and_values(first.place),
+                    first.batch.prefixes[first.place],
+                    first.generation.max_new_tokens,
+                )
                 if slot is None:
                     break
                 seated.append(self._begun.popleft())
@@ -140,18 +145,6 @@ class SlotLoop:
     def refuse(self) -> Generation:
         """Take out the first of the rows that wait for a slot."""
         return self._begun.popleft().generation
-
-    def _filled_slot(self, row: BegunRow) -> Slot | None:
-        """With the keys and values of its prompt; None while there is no room."""
-        slot = self._memory.reserve(row.generation.sample.num_tokens + row.generation.max_new_tokens)
-        if slot is None:
-            return None
-        try:
-            self._memory.insert(slot, row.batch.layers, row.batch.rows[row.place], row.batch.spans[row.place])
-        except BaseException:
-            self._memory.release(slot)
-            raise
-        return slot
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -2,7 +2,8 @@
 
 A slot holds one row: its prompt without padding from cell 0 on, then its answer. A pool is one tensor per layer; the
 rows of a pool are attended to together, over no more cells than its longest row has filled. Nothing is copied from step
-to step: a step writes one cell of each row.
+to step: a step writes one cell of each row. Where rows may share a prefix (`shares_prefixes`), it has a slot of its own
+in a pool of prefixes, as long as there are rows of it, and their slots hold what comes after it.
 
 Shapes: N slots of a pool, S cells of each, B live rows, P of them in one pool, H heads of keys and values, D of a head.
 """
@@ -10,19 +11,20 @@ Shapes: N slots of a pool, S cells of each, B live rows, P of them in one pool, 
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pipeline.vlm.slots.pool import KeysAndValues, Pool
+from pipeline.vlm.slots.prefix import Prefix
+from pipeline.vlm.slots.share import PrefixShare, Share
+
 # Capacities 64, 96, 128, 192, 256, 384 ...: no more than half of a slot lies idle, and pools are few.
 _CLASSES = sorted({64 << power for power in range(16)} | {96 << power for power in range(16)})
 _FIRST_SLOTS = 4
-_TOKEN_BY_TOKEN = {"cuda"}  # devices whose storage is [N, S, H, D]
-_GENERATIONS = itertools.count()
 
 
 @dataclass(slots=True, eq=False)
@@ -32,101 +34,18 @@ class Slot:
     pool: Pool
     index: int
     num_tokens: int = 0  # cells filled
+    prefix: PrefixSlot | None = None  # what the row looks at before them
 
 
-class Pool:
-    """Slots of one capacity."""
+@dataclass(slots=True, eq=False)
+class PrefixSlot:
+    """The cells of a prefix, and how many rows look at them."""
 
-    def __init__(self, num_cells: int) -> None:
-        self.num_cells = num_cells
-        self.num_slots = 0
-        self.keys_NHSD: list[torch.Tensor] = []  # of each layer
-        self.values_NHSD: list[torch.Tensor] = []
-        self.free: list[int] = []  # sorted, so that live slots gather at the front
-        self.generation = next(_GENERATIONS)  # another number for other storage
-
-    @property
-    def num_live(self) -> int:
-        return self.num_slots - len(self.free)
-
-    def grow(self, num_slots: int) -> None:
-        """Make room for so many slots; what is there stays."""
-        for tensors in (self.keys_NHSD, self.values_NHSD):
-            for layer, old_NHSD in enumerate(tensors):
-                new_NHSD = self.storage(old_NHSD, num_slots)
-                new_NHSD[: self.num_slots] = old_NHSD
-                tensors[layer] = new_NHSD
-        self.free += range(self.num_slots, num_slots)
-        self.num_slots, self.generation = num_slots, next(_GENERATIONS)
-
-    def allocate(self, layers: Sequence[Any]) -> None:
-        """Storage shaped like the layers of a cache [B, H, T, D]."""
-        if not self.keys_NHSD:
-            self.keys_NHSD = [self.storage(layer.keys, self.num_slots) for layer in layers]
-            self.values_NHSD = [self.storage(layer.values, self.num_slots) for layer in layers]
-
-    def storage(self, like_BHTD: torch.Tensor, num_slots: int) -> torch.Tensor:
-        """Keys or values of a layer [N, H, S, D]; on CUDA token by token, as flash attention reads them.
-
-        Zeros: what no row wrote is masked, but 0 times infinity is not 0.
-        """
-        num_heads, width = like_BHTD.shape[1], like_BHTD.shape[3]
-        if like_BHTD.device.type in _TOKEN_BY_TOKEN:
-            return like_BHTD.new_zeros(num_slots, self.num_cells, num_heads, width).transpose(1, 2)
-        return like_BHTD.new_zeros(num_slots, num_heads, self.num_cells, width)
-
-
-@dataclass(slots=True)
-class Share:
-    """The rows of a decode step that lie in one pool: rows `start` to `stop` of the batch, in the order of `index`."""
-
+    prefix: Prefix
     pool: Pool
-    start: int
-    stop: int
-    index_P: torch.Tensor
-    num_slots: int  # the highest live slot, and one
-    length_P: torch.Tensor  # cells filled before this step: where its token goes
-    num_cells: int = 0  # of the longest row, with this step's
-    known: dict[object, torch.Tensor] = field(default_factory=dict)  # of the step at hand
-
-    @property
-    def is_dense(self) -> bool:
-        return self.num_slots == self.stop - self.start
-
-    def used_N(self) -> torch.Tensor:
-        """Cells that a step's queries look at, its own among them; 1 for slots that are free. int32 [num_slots]."""
-        if "used" not in self.known:
-            length_N = self.length_P.new_zeros(self.num_slots)
-            length_N[self.index_P] = self.length_P
-            self.known["used"] = (length_N + 1).to(torch.int32)
-        return self.known["used"]
-
-    def starts(self) -> torch.Tensor:
-        """0, 1 ... num_slots, as int32."""
-        if "starts" not in self.known:
-            self.known["starts"] = torch.arange(self.num_slots + 1, dtype=torch.int32, device=self.length_P.device)
-        return self.known["starts"]
-
-    def cells(self, storage_NHSD: torch.Tensor) -> torch.Tensor:
-        """Where a step's keys or values go: for each row and head the number of its vector in the pool. [P * H]."""
-        num_heads, width = storage_NHSD.shape[1], storage_NHSD.shape[3]
-        if ("cells", num_heads) not in self.known:
-            per_slot, per_head, per_cell = (stride // width for stride in storage_NHSD.stride()[:3])
-            head_H = torch.arange(num_heads, device=self.length_P.device) * per_head
-            first_P1 = (self.index_P * per_slot + self.length_P * per_cell)[:, None]
-            self.known["cells", num_heads] = (first_P1 + head_H).flatten()
-        return self.known["cells", num_heads]
-
-    def mask(self, window: int | None) -> torch.Tensor:
-        """What a step's queries may not look at, True there: [num_slots, 1, 1, num_cells]."""
-        if ("mask", window) not in self.known:
-            cell_S = torch.arange(self.num_cells, device=self.length_P.device)
-            length_N1 = (self.used_N() - 1)[:, None]
-            hidden_NS = cell_S > length_N1
-            if window is not None:
-                hidden_NS |= cell_S <= length_N1 - window
-            self.known["mask", window] = hidden_NS[:, None, None]
-        return self.known["mask", window]
+    index: int
+    num_rows: int = 0
+    wiped: bool = False  # when the last of them goes
 
 
 class SlotMemory:
@@ -134,14 +53,19 @@ class SlotMemory:
 
     Args:
         max_slots: rows at a time.
-        max_cells: tokens of all slots together.
+        max_cells: tokens of all slots together; a prefix that rows share counts once.
         kernel: what attends to them in a decode step (attention.py).
+        shares_prefixes: whether rows look at one copy of their prefix (prefix_attention.py), or each has its own.
     """
 
-    def __init__(self, *, max_slots: int, max_cells: int, kernel: Any) -> None:
+    def __init__(self, *, max_slots: int, max_cells: int, kernel: Any, shares_prefixes: bool = False) -> None:
         self.max_slots, self.max_cells, self.kernel = max_slots, max_cells, kernel
-        self._pools: dict[int, Pool] = {}
+        self.shares_prefixes = shares_prefixes
+        self._pools: dict[int, Pool] = {}  # by their capacity
+        self._prefix_pools: dict[int, Pool] = {}
+        self._prefixes: dict[Prefix, PrefixSlot] = {}
         self.shares: list[Share] = []  # of the step at hand
+        self.prefix_shares: list[PrefixShare] = []
         self.cache: Cache | None = None
 
     @property
@@ -150,13 +74,14 @@ class SlotMemory:
 
     @property
     def pools(self) -> list[Pool]:
-        """All that there are."""
+        """All that there are of rows."""
         return list(self._pools.values())
 
     @property
     def num_cells(self) -> int:
         """Cells allocated."""
-        return sum(pool.num_slots * pool.num_cells for pool in self._pools.values())
+        both = (*self._pools.values(), *self._prefix_pools.values())
+        return sum(pool.num_allocated_cells for pool in both)
 
     @property
     def bytes_per_token(self) -> int:
@@ -164,21 +89,36 @@ class SlotMemory:
         for pool in self._pools.values():
             if pool.keys_NHSD:
                 num_bytes = sum(tensor.nbytes for tensor in (*pool.keys_NHSD, *pool.values_NHSD))
-                return num_bytes // (pool.num_slots * pool.num_cells)
+                return num_bytes // pool.num_allocated_cells
         return 0
 
-    def reserve(self, num_tokens: int) -> Slot | None:
-        """A slot for a row of so many tokens, answer included; None while there is no room.
+    def enter(self, tokens: KeysAndValues, prefix: Prefix | None, num_new_tokens: int) -> Slot | None:
+        """A slot that holds a prompt and has room for an answer; None while there is none.
 
         A row larger than all the memory gets it when it is alone: whether it fits is the device's word.
+
+        Args:
+            tokens: the prompt, or what comes after its prefix.
+
+        Raises:
+            whatever the device raises; nothing is held then.
         """
-        if self.num_live >= self.max_slots:
+        num_tokens = tokens[0][0].shape[1] + num_new_tokens
+        parts = [tokens]
+        if prefix is not None and not self.shares_prefixes:
+            parts, num_tokens, prefix = [prefix.layers, tokens], num_tokens + prefix.num_tokens, None
+        slot = self._reserve(num_tokens, prefix)
+        if slot is None:
             return None
-        num_cells = _CLASSES[bisect.bisect_left(_CLASSES, num_tokens)] if num_tokens <= _CLASSES[-1] else num_tokens
-        pool = self._pools.setdefault(num_cells, Pool(num_cells))
-        if not pool.free and not self._grow(pool):
-            return None
-        return Slot(pool, pool.free.pop(0))
+        try:
+            for part in parts:
+                slot.num_tokens = slot.pool.write(slot.index, slot.num_tokens, part)
+        except BaseException:
+            self.release(slot)
+            raise
+        if self.cache is None:
+            self.cache = Cache(layers=[SlotLayer(self, number) for number in range(len(tokens))])
+        return slot
 
     def release(self, slot: Slot, *, wipe: bool = False) -> None:
         """The row is done; its cells may be written anew.
@@ -186,27 +126,15 @@ class SlotMemory:
         wipe: they may hold what is not finite. A later row of the slot would not look at it, but 0 times NaN is NaN.
         """
         if wipe:
-            for tensor_NHSD in (*slot.pool.keys_NHSD, *slot.pool.values_NHSD):
-                tensor_NHSD[slot.index] = 0
+            slot.pool.wipe(slot.index)
         bisect.insort(slot.pool.free, slot.index)
-
-    def insert(self, slot: Slot, layers: Sequence[Any], row: int, spans: Sequence[tuple[int, int]]) -> None:
-        """A row's keys and values of [B, H, T, D] into an empty slot; spans: which of its tokens, in order."""
-        slot.pool.allocate(layers)
-        if self.cache is None:
-            self.cache = Cache(layers=[SlotLayer(self, number) for number in range(len(layers))])
-        slot.num_tokens = 0
-        for first, last in spans:
-            start, stop = slot.num_tokens, slot.num_tokens + last - first
-            for number, layer in enumerate(layers):
-                slot.pool.keys_NHSD[number][slot.index, :, start:stop] = layer.keys[row, :, first:last]
-                slot.pool.values_NHSD[number][slot.index, :, start:stop] = layer.values[row, :, first:last]
-            slot.num_tokens = stop
+        if slot.prefix is not None:
+            self._let_go(slot.prefix, wipe=wipe)
 
     def arrange(self, slots: Sequence[Slot], length_B: torch.Tensor) -> None:
         """Say which rows the next steps are of. The slots come ordered by pool, then by index.
 
-        length_B: tokens that each holds, on the device; `advance` counts it up.
+        length_B: tokens that each holds, on the device; the loop counts it up.
         """
         self.shares = []
         start = 0
@@ -218,12 +146,66 @@ class SlotMemory:
             num_slots = slots[stop - 1].index + 1
             self.shares.append(Share(pool, start, stop, index_P, num_slots, length_B[start:stop]))
             start = stop
+        families: dict[PrefixSlot, list[int]] = {}
+        for row, slot in enumerate(slots):
+            if slot.prefix is not None:
+                families.setdefault(slot.prefix, []).append(row)
+        self.prefix_shares = [
+            PrefixShare(
+                pool,
+                {held.index: rows for held, rows in families.items() if held.pool is pool},
+                {held.index: held.prefix.num_tokens for held in families if held.pool is pool},
+            )
+            for pool in {held.pool: None for held in families}
+        ]
 
     def begin_step(self, slots: Sequence[Slot]) -> None:
         """Before each forward: how far the queries look."""
         for share in self.shares:
             share.num_cells = 1 + max(slot.num_tokens for slot in slots[share.start : share.stop])
             share.known.clear()
+
+    def _reserve(self, num_tokens: int, prefix: Prefix | None) -> Slot | None:
+        if self.num_live >= self.max_slots:
+            return None
+        held = self._hold(prefix) if prefix is not None else None
+        if prefix is not None and held is None:
+            return None
+        pool = None
+        try:
+            pool = self._with_room(self._pools, num_tokens)
+        finally:
+            if pool is None and held is not None:
+                self._let_go(held)
+        return Slot(pool, pool.free.pop(0), prefix=held) if pool is not None else None
+
+    def _hold(self, prefix: Prefix) -> PrefixSlot | None:
+        """One row more looks at it; it comes into the memory with the first."""
+        held = self._prefixes.get(prefix)
+        if held is None:
+            pool = self._with_room(self._prefix_pools, prefix.num_tokens)
+            if pool is None:
+                return None
+            pool.write(pool.free[0], 0, prefix.layers)
+            held = self._prefixes[prefix] = PrefixSlot(prefix, pool, pool.free.pop(0))
+        held.num_rows += 1
+        return held
+
+    def _let_go(self, held: PrefixSlot, *, wipe: bool = False) -> None:
+        held.num_rows -= 1
+        held.wiped |= wipe
+        if held.num_rows:
+            return
+        if held.wiped:
+            held.pool.wipe(held.index)
+        bisect.insort(held.pool.free, held.index)
+        del self._prefixes[held.prefix]
+
+    def _with_room(self, pools: dict[int, Pool], num_tokens: int) -> Pool | None:
+        """The pool of a length, with a free slot."""
+        num_cells = _CLASSES[bisect.bisect_left(_CLASSES, num_tokens)] if num_tokens <= _CLASSES[-1] else num_tokens
+        pool = pools.setdefault(num_cells, Pool(num_cells))
+        return pool if pool.free or self._grow(pool) else None
 
     def _grow(self, pool: Pool) -> bool:
         wanted = min(max(_FIRST_SLOTS, 2 * pool.num_slots), self.max_slots)
@@ -239,11 +221,12 @@ class SlotMemory:
 
     def _make_room(self, num_cells: int, wanting: Pool) -> bool:
         """Drop idle pools, as many as it takes."""
-        for capacity, pool in list(self._pools.items()):
-            if self.num_cells + num_cells <= self.max_cells:
-                break
-            if pool is not wanting and not pool.num_live:
-                del self._pools[capacity]
+        for pools in (self._pools, self._prefix_pools):
+            for capacity, pool in list(pools.items()):
+                if self.num_cells + num_cells <= self.max_cells:
+                    break
+                if pool is not wanting and not pool.num_live:
+                    del pools[capacity]
         return self.num_cells + num_cells <= self.max_cells
 
 
@@ -258,7 +241,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.memory, self._number = memory, number
         self.is_initialized = True
 
-    def parts(self, share: Share) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(self, share: Share | PrefixShare) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a pool up to its last live slot: [num_slots, H, S, D]."""
         pool = share.pool
         return pool.keys_NHSD[self._number][: share.num_slots], pool.values_NHSD[self._number][: share.num_slots]

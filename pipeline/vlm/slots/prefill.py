@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,10 +26,11 @@ from pipeline.vlm.decode import last_position, seen_tokens
 from pipeline.vlm.inputs import ModelInputs
 from pipeline.vlm.slots.features import ImageFeatures
 from pipeline.vlm.slots.final_layer import computed_at
+from pipeline.vlm.slots.pool import KeysAndValues
 from pipeline.vlm.slots.prefix import MAX_PACK_TOKENS, Continuation, Prefix
 from pipeline.vlm.slots.queue import Waiting
 
-_PREFIX_BYTES = 1 << 28  # of prefixes that are kept for questions to come
+_PREFIX_BYTES = 1 << 28  # of the last batch's prefixes, which the rest of a large family goes on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,15 @@ class Prefilled:
     logits_BV: torch.Tensor
     layers: Sequence[Any]  # of the cache: keys and values [F, H, T, D]
     rows: Sequence[int]  # of each prompt: in which of F it is
-    spans: Sequence[Sequence[tuple[int, int]]]  # of each prompt: from which token of T to which, padding left out
+    spans: Sequence[tuple[int, int]]  # of each prompt: its tokens in T, padding left out
+    prefixes: Sequence[Prefix | None]  # of each prompt: what comes before them
     position: torch.Tensor  # of the last token, [..., B, 1]; more axes in front for M-RoPE
     seen_BV: torch.Tensor | None  # tokens of the prompt, where they matter
+
+    def keys_and_values(self, prompt: int) -> KeysAndValues:
+        """Of a prompt, or of what comes after its prefix."""
+        row, (start, stop) = self.rows[prompt], self.spans[prompt]
+        return [(layer.keys[row, :, start:stop], layer.values[row, :, start:stop]) for layer in self.layers]
 
     def of(self, prompts: Sequence[int]) -> Prefilled:
         """The same for some of its prompts, each as often as it is named; the layers stay whole."""
@@ -52,6 +58,7 @@ class Prefilled:
             self,
             rows=[self.rows[prompt] for prompt in prompts],
             spans=[self.spans[prompt] for prompt in prompts],
+            prefixes=[self.prefixes[prompt] for prompt in prompts],
             logits_BV=self.logits_BV[index],
             position=self.position[..., index, :],
             seen_BV=None if self.seen_BV is None else self.seen_BV[index],
@@ -82,7 +89,7 @@ class Prefill:
         self.features, self.attended, self._needs_history = features, attended, needs_history
         text = model.config.get_text_config(decoder=True)
         self._takes_masks = getattr(text, "_attn_implementation", None) in ("sdpa", "eager")
-        self._prefixes: OrderedDict[tuple[str, bytes], Prefix] = OrderedDict()
+        self._prefixes: dict[tuple[str, bytes], Prefix] = {}
         self.num_computed_tokens = 0  # padding included
 
     @torch.inference_mode()
@@ -132,9 +139,18 @@ class Prefill:
             layers = kwargs["past_key_values"].layers
             num_cells = layers[0].keys.shape[-2]
             self.num_computed_tokens += num_cells * len(samples)
-            seen_BV = seen_tokens(input_ids, kwargs.get("attention_mask"), logits_BV) if self._needs_history else None
-            spans = [[(num_cells - sample.num_tokens, num_cells)] for sample in samples]
-            found.append(Prefilled(model, logits_BV, layers, range(len(samples)), spans, position, seen_BV))
+            mask = kwargs.get("attention_mask")
+            prefilled = Prefilled(
+                model,
+                logits_BV,
+                layers,
+                rows=range(len(samples)),
+                spans=[(num_cells - sample.num_tokens, num_cells) for sample in samples],
+                prefixes=[None] * len(samples),
+                position=position,
+                seen_BV=seen_tokens(input_ids, mask, logits_BV) if self._needs_history else None,
+            )
+            found.append(prefilled)
             return input_ids
 
         with features.serving(samples) if features is not None and served else nullcontext():
@@ -179,7 +195,16 @@ class Prefill:
             seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool, device=logits_BV.device)
             for row, one in enumerate(waiting):
                 seen_BV[row, torch.from_numpy(one.sample.tensors["input_ids"][0]).to(logits_BV.device)] = True
-        return Prefilled(decoder, logits_BV, rests.cache.layers, rests.pack_B, rests.spans, rests.end_position, seen_BV)
+        return Prefilled(
+            decoder,
+            logits_BV,
+            rests.cache.layers,
+            rows=rests.pack_B,
+            spans=rests.spans,
+            prefixes=prefixes,
+            position=rests.end_position,
+            seen_BV=seen_BV,
+        )
 
     def _prefixes_of(self, waiting: Sequence[Waiting]) -> list[Prefix]:
         keys = [_prefix_key(one) for one in waiting]
@@ -189,16 +214,11 @@ class Prefill:
             cut = [self._batcher.cut(one.sample, one.num_shared) for one in missing.values()]
             whole = self._whole(cut)
             for row, key in enumerate(missing):
-                [(start, stop)] = whole.spans[row]
-                layers = [
-                    (layer.keys[row, :, start:stop].clone(), layer.values[row, :, start:stop].clone())
-                    for layer in whole.layers
-                ]
-                found[key] = self._prefixes[key] = Prefix(whole.decoder, layers, whole.position[..., row, :].clone())
-        num_bytes = sum(prefix.num_bytes for prefix in self._prefixes.values())
-        while num_bytes > _PREFIX_BYTES and self._prefixes:
-            _, dropped = self._prefixes.popitem(last=False)
-            num_bytes -= dropped.num_bytes
+                layers = [(keys.clone(), values.clone()) for keys, values in whole.keys_and_values(row)]
+                found[key] = Prefix(whole.decoder, layers, whole.position[..., row, :].clone())
+        # Those of batches before are not asked for again, and their memory is at hand for what comes.
+        num_bytes = sum(prefix.num_bytes for prefix in found.values())
+        self._prefixes = found if num_bytes <= _PREFIX_BYTES else {}
         return [found[key] for key in keys]
 
 

@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
+from pipeline.vlm.slots.pool import KeysAndValues
+
 # More in one row would compute more of what the mask hides than packing saves.
 MAX_PACK_TOKENS = 512
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
     """What a family of prompts begins with: keys and values [H, P, D] of each layer, position [..., 1] of its last."""
 
     decoder: Any
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    layers: KeysAndValues
     position: torch.Tensor
 
     @property
@@ -70,7 +72,7 @@ class Continuation:
         step_FR = torch.zeros(len(packs), num_rest, dtype=torch.long)
         seen_FRT = torch.zeros(len(packs), num_rest, width + num_rest, dtype=torch.bool)
         self.pack_B, self.end_B = [0] * len(rests), [0] * len(rests)  # each prompt's row, and its last token there
-        self.spans: list[list[tuple[int, int]]] = [[] for _ in rests]  # of each prompt: its cells, in order
+        self.spans = [(0, 0)] * len(rests)  # of each prompt: the cells of its rest
         for number, pack in enumerate(packs):  # padded in front, both prefix and rests
             start, begin = width - pack.prefix.num_tokens, num_rest - pack.num_tokens
             seen_FRT[number, :, start:width] = True
@@ -81,7 +83,7 @@ class Continuation:
                 own = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
                 seen_FRT[number, begin:end, width + begin : width + end] = own
                 self.pack_B[row], self.end_B[row] = number, end - 1
-                self.spans[row] = [(start, width), (width + begin, width + end)]
+                self.spans[row] = (width + begin, width + end)
                 begin = end
         self.num_computed_tokens = input_ids_FR.numel()
         self.ends = sorted(set(self.end_B))

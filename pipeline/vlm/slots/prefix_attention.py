@@ -1,0 +1,82 @@
+"""Attention of decode steps whose rows share prefixes, on a CPU: each prefix is read once for all rows of it.
+
+A row's queries look at its prefix together with those of the other rows of the family, and at the row's own cells by
+themselves; the two results are weighed by the sums of their exponentials. Known as cascade inference (FlashInfer's
+authors, 2024) or Hydragen (Juravsky et al., 2024). In a step of eight questions about each of two pictures (12 heads,
+262 shared cells) this took 0.27 ms a layer where SDPA over whole rows took 0.37, all in the cache; a whole row's cells
+come from memory, eight times as many.
+
+Shapes: B rows, H heads of keys and values, G heads of queries that share one, N slots, S cells of each, P rows with
+prefixes, R of the largest family, D of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.vlm.slots.memory import SlotLayer
+from pipeline.vlm.slots.share import PrefixShare, Share
+
+# The result of attention, and the logarithm of the sum of exponentials that it was divided by: [..., D] and [...].
+_Part = tuple[torch.Tensor, torch.Tensor]
+
+
+def attend_to_both(layer: SlotLayer, query_BHGD: torch.Tensor, scale: float) -> torch.Tensor:
+    """Each row's queries over its prefix, where it has one, and its own cells; [B, H, G, D].
+
+    Raises:
+        AttributeError, RuntimeError: this torch, or the device, has no such kernel.
+    """
+    own = [_over_own(layer, share, query_BHGD, scale) for share in layer.memory.shares]
+    out_BHGD, sum_BHG = own[0] if len(own) == 1 else (torch.cat(parts) for parts in zip(*own, strict=True))
+    for share in layer.memory.prefix_shares:
+        prefix_PHGD, prefix_sum_PHG = _over_prefixes(layer, share, query_BHGD, scale)
+        if len(share.row_P) == len(out_BHGD):
+            out_BHGD = _weighed(out_BHGD, sum_BHG, prefix_PHGD, prefix_sum_PHG)
+        else:
+            own_PHGD, own_sum_PHG = out_BHGD[share.row_P], sum_BHG[share.row_P]
+            out_BHGD[share.row_P] = _weighed(own_PHGD, own_sum_PHG, prefix_PHGD, prefix_sum_PHG)
+    return out_BHGD
+
+
+def _over_own(layer: SlotLayer, share: Share, query_BHGD: torch.Tensor, scale: float) -> _Part:
+    """Of the rows of one pool."""
+    query_NHGD = query_BHGD[share.start : share.stop]
+    if not share.is_dense:
+        query_NHGD = query_BHGD.new_zeros(share.num_slots, *query_BHGD.shape[1:])
+        query_NHGD[share.index_P] = query_BHGD[share.start : share.stop]
+    keys_NHSD, values_NHSD = (part[:, :, : share.num_cells] for part in layer.parts(share))
+    mask_N11S = share.added_mask(query_BHGD.dtype)
+    out_NHGD, sum_NHG = _flash(query_NHGD, keys_NHSD, values_NHSD, mask_N11S, scale)
+    return (out_NHGD, sum_NHG) if share.is_dense else (out_NHGD[share.index_P], sum_NHG[share.index_P])
+
+
+def _over_prefixes(layer: SlotLayer, share: PrefixShare, query_BHGD: torch.Tensor, scale: float) -> _Part:
+    """Of the rows that begin with prefixes of one pool, in their order."""
+    _, num_kv_heads, group, width = query_BHGD.shape
+    query_NRHGD = query_BHGD[share.row_NR]
+    query_NHTD = query_NRHGD.transpose(1, 2).reshape(share.num_slots, num_kv_heads, share.max_rows * group, width)
+    keys_NHSD, values_NHSD = (part[:, :, : share.num_cells] for part in layer.parts(share))
+    out_NHTD, sum_NHT = _flash(query_NHTD, keys_NHSD, values_NHSD, share.added_mask(query_BHGD.dtype), scale)
+    out_NRHGD = out_NHTD.view(share.num_slots, num_kv_heads, share.max_rows, group, width).transpose(1, 2)
+    sum_NRHG = sum_NHT.view(share.num_slots, num_kv_heads, share.max_rows, group).transpose(1, 2)
+    return out_NRHGD.flatten(0, 1)[share.place_P], sum_NRHG.flatten(0, 1)[share.place_P]
+
+
+def _flash(
+    query_NHTD: torch.Tensor,
+    keys_NHSD: torch.Tensor,
+    values_NHSD: torch.Tensor,
+    mask_N11S: torch.Tensor | None,
+    scale: float,
+) -> _Part:
+    # What scaled_dot_product_attention calls on a CPU, which keeps the sums to itself.
+    found: _Part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query_NHTD, keys_NHSD, values_NHSD, 0.0, False, attn_mask=mask_N11S, scale=scale
+    )
+    return found
+
+
+def _weighed(own: torch.Tensor, own_sum: torch.Tensor, prefix: torch.Tensor, prefix_sum: torch.Tensor) -> torch.Tensor:
+    share = torch.sigmoid(prefix_sum - own_sum).unsqueeze(-1)
+    return torch.lerp(own.float(), prefix.float(), share).to(own.dtype)

@@ -1,0 +1,112 @@
+"""What the queries of a decode step look at: the rows of each pool, and the prefixes that several rows begin with.
+
+Shapes: B live rows, P of them in one pool, N slots of a pool up to its last live one, S cells, H heads of keys and
+values, R rows of the largest family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.vlm.slots.pool import Pool
+
+
+@dataclass(slots=True)
+class Share:
+    """The rows of a decode step that lie in one pool: rows `start` to `stop` of the batch, in the order of `index`."""
+
+    pool: Pool
+    start: int
+    stop: int
+    index_P: torch.Tensor
+    num_slots: int  # the highest live slot, and one
+    length_P: torch.Tensor  # cells filled before this step: where its token goes
+    num_cells: int = 0  # of the longest row, with this step's
+    known: dict[object, torch.Tensor] = field(default_factory=dict)  # of the step at hand
+
+    @property
+    def is_dense(self) -> bool:
+        return self.num_slots == self.stop - self.start
+
+    def used_N(self) -> torch.Tensor:
+        """Cells that a step's queries look at, its own among them; 1 for slots that are free. int32 [num_slots]."""
+        if "used" not in self.known:
+            length_N = self.length_P.new_zeros(self.num_slots)
+            length_N[self.index_P] = self.length_P
+            self.known["used"] = (length_N + 1).to(torch.int32)
+        return self.known["used"]
+
+    def starts(self) -> torch.Tensor:
+        """0, 1 ... num_slots, as int32."""
+        if "starts" not in self.known:
+            self.known["starts"] = torch.arange(self.num_slots + 1, dtype=torch.int32, device=self.length_P.device)
+        return self.known["starts"]
+
+    def cells(self, storage_NHSD: torch.Tensor) -> torch.Tensor:
+        """Where a step's keys or values go: for each row and head the number of its vector in the pool. [P * H]."""
+        num_heads, width = storage_NHSD.shape[1], storage_NHSD.shape[3]
+        if ("cells", num_heads) not in self.known:
+            per_slot, per_head, per_cell = (stride // width for stride in storage_NHSD.stride()[:3])
+            head_H = torch.arange(num_heads, device=self.length_P.device) * per_head
+            first_P1 = (self.index_P * per_slot + self.length_P * per_cell)[:, None]
+            self.known["cells", num_heads] = (first_P1 + head_H).flatten()
+        return self.known["cells", num_heads]
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """What a step's queries may not look at, True there: [num_slots, 1, 1, num_cells]."""
+        if ("mask", window) not in self.known:
+            cell_S = torch.arange(self.num_cells, device=self.length_P.device)
+            length_N1 = (self.used_N() - 1)[:, None]
+            hidden_NS = cell_S > length_N1
+            if window is not None:
+                hidden_NS |= cell_S <= length_N1 - window
+            self.known["mask", window] = hidden_NS[:, None, None]
+        return self.known["mask", window]
+
+    def added_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same as a number to be added to scores."""
+        if ("added", dtype) not in self.known:
+            self.known["added", dtype] = _added(self.mask(None), dtype)
+        return self.known["added", dtype]
+
+
+class PrefixShare:
+    """The rows of a decode step that begin with prefixes of one pool, by families: the rows of one prefix.
+
+    Args:
+        families: of each live slot of the pool, its rows of the batch.
+        lengths: of each live slot, its cells.
+    """
+
+    def __init__(self, pool: Pool, families: Mapping[int, Sequence[int]], lengths: Mapping[int, int]) -> None:
+        self.pool = pool
+        self.num_slots = max(families) + 1
+        self.num_cells = max(lengths.values())
+        self.max_rows = max(map(len, families.values()))
+        row_NR = torch.zeros(self.num_slots, self.max_rows, dtype=torch.long)
+        place_of: dict[int, int] = {}
+        hidden_NS = torch.zeros(self.num_slots, self.num_cells, dtype=torch.bool)
+        for index, rows in families.items():
+            row_NR[index, : len(rows)] = torch.tensor(rows)
+            place_of |= {row: index * self.max_rows + place for place, row in enumerate(rows)}
+            hidden_NS[index, lengths[index] :] = True
+        self.row_NR = row_NR  # row 0 where there is none; the result is not read
+        self.row_P = torch.tensor(sorted(place_of))
+        self.place_P = torch.tensor([place_of[row] for row in sorted(place_of)])  # of these rows, in row_NR
+        self._hidden_N11S = hidden_NS[:, None, None] if hidden_NS.any() else None
+        self._added: dict[torch.dtype, torch.Tensor] = {}
+
+    def added_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to scores [num_slots, 1, 1, num_cells]; None where all prefixes are of one length."""
+        if self._hidden_N11S is None:
+            return None
+        if dtype not in self._added:
+            self._added[dtype] = _added(self._hidden_N11S, dtype)
+        return self._added[dtype]
+
+
+def _added(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
