@@ -106,15 +106,35 @@ def test_out_of_memory_on_the_way_into_a_slot_takes_rows_out_and_loses_none(
     assert slots.fit._memory is not None and slots.fit._memory.num_live == 0
 
 
-def questions(num: int) -> list[EncodedSample]:
+def questions(num: int, picture: str = "picture") -> list[EncodedSample]:
     """About one picture, after many words that they share."""
     one = samples("llava")[0]
     found = []
     for number in range(num):
         ids = np.concatenate([one.tensors["input_ids"][0], np.full(20, 40), 50 + number + np.arange(5)])[None]
         tensors = {**one.tensors, "input_ids": ids, "attention_mask": np.ones_like(ids)}
-        found.append(replace(one, key=RecordKey(0, f"question {number}", 0), tensors=tensors, image_key="picture"))
+        key = RecordKey(0, f"{picture} {number}", 0)
+        found.append(replace(one, key=key, tensors=tensors, image_key=picture))
     return found
+
+
+def test_a_prefix_is_kept_for_the_rest_of_its_family_and_no_longer(failing: Any) -> None:  # noqa: F811
+    slots, static = engines_of(num_slots=4)
+    given = [*questions(10, "one"), *questions(10, "two")]
+    wanted = answers_of(static, given)
+    tried(slots, given)
+    kept: list[list[str]] = []
+    whole: list[int] = []
+
+    def check(*_: Any) -> None:
+        assert slots.fit._prefill is not None
+        kept.append([picture for picture, _ in slots.fit._prefill._prefixes])
+
+    failing(Prefill, "_continued", check)
+    failing(Prefill, "_whole", lambda of: whole.append(len(of)))
+    assert answers_of(slots, given) == wanted
+    assert whole == [1, 1]
+    assert [len(pictures) for pictures in kept] == [0] + [1] * (len(kept) - 1) and len(kept) > 4
 
 
 def test_out_of_memory_in_what_follows_a_prefix_makes_prompts_fewer_at_a_time(failing: Any) -> None:  # noqa: F811
