@@ -42,7 +42,7 @@ models: $(VENV)/.dev  ## every architecture through the whole program (3 minutes
 check: $(VENV)/.dev  ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict pipeline
+	$(BIN)/mypy --strict
 
 # BENCH="--workload questions --group features" and other words of scripts/bench_engines.py choose more.
 bench: $(VENV)/.dev  ## engines side by side, planning, start-up (about 15 minutes on two cores): tables and JSON in outputs/bench

@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 _CONNECTOR = re.compile(r"connector|projector|merger|aligner")
@@ -171,7 +172,7 @@ def measured(device: str = "cpu", dtypes: Sequence[str] = ("bfloat16", "float32"
         for size in _MATRIX_SIZES[device.partition(":")[0]]:
             matrix = torch.randn(size, size, device=device).to(getattr(torch, name))
             for multiply in (torch.mm, torch.nn.functional.linear):  # the second matrix as it is, and transposed
-                found.append(2 * size**3 / best(lambda do=multiply, a=matrix: do(a, a)))
+                found.append(2 * size**3 / best(partial(multiply, matrix, matrix)))
         rates[name] = max(found)
     return Ceiling(bandwidth, rates)
 

@@ -285,7 +285,8 @@ def take(
             torch.cuda.reset_peak_memory_stats()
         # Everything that is done once: kernels chosen, graphs captured, the engine's own trial of the model.
         found.warming_seconds = seconds(capped(rows, 4))[0] + seconds(capped(rows, sizes.decode_tokens))[0]
-        steps, work_seconds = [], []
+        steps: list[float] = []
+        work_seconds: list[float] = []
         for _ in range(sizes.rounds):
             first, last = seconds(capped(rows, 1))[0], seconds(capped(rows, sizes.decode_tokens))[0]
             steps.append((last - first) / (sizes.decode_tokens - 1))

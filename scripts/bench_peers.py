@@ -100,7 +100,9 @@ class Generator:
         """The answers of one batch."""
         inputs = self.encoded(rows, **padding)
         tokens_BT = self.generate(**inputs)
-        return self.processor.batch_decode(tokens_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        new_BT = tokens_BT[:, inputs["input_ids"].shape[1] :]
+        texts: list[str] = self.processor.batch_decode(new_BT, skip_special_tokens=True)
+        return texts
 
 
 def conversation(row: Row) -> list[dict[str, Any]]:

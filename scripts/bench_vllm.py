@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     from transformers import AutoProcessor
     from vllm import LLM, SamplingParams
 
-    def request(row: dict) -> dict:
+    def request(row: dict[str, Any]) -> dict[str, Any]:
         images = [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in row["images"]]
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": row["question"]}]
         text = processor.apply_chat_template(

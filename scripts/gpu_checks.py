@@ -115,7 +115,9 @@ def int8(subject: Subject) -> Table:
     with loaded(subject) as plain, loaded(subject, quantization=Quantization.int8) as quantized:
         sides = {"bfloat16": plain, "int8 (Quanto)": quantized}
         times = speed(subject, sides, samples)
-        table = [{"format": name, "weights, GB": num_bytes(model) / 1e9} | times[name] for name, model in sides.items()]
+        table: Table = [
+            {"format": name, "weights, GB": num_bytes(model) / 1e9} | times[name] for name, model in sides.items()
+        ]
     if not table[1]["weights, GB"] < table[0]["weights, GB"]:
         raise Missed("int8 does not take less memory", table)
     return table

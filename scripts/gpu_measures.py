@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from gpu_subject import Subject, capped, engine
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.records import Answer, EncodedSample
@@ -84,7 +85,7 @@ def attention(model: LoadedModel, samples: Sequence[EncodedSample]) -> dict[str,
     launched = {
         event.key: event.count
         for event in watched.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA and _KERNEL.search(event.key)
+        if event.device_type == DeviceType.CUDA and _KERNEL.search(event.key)
     }
     flash = any(map(_FLASH_KERNEL.search, launched)) if on_gpu else _FLASH_ON_CPU in operators
     return {"flash": flash, "operators": _listed(operators), "kernels": _listed(launched)}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _OPERATORS = ("nms", "qnms")
 
@@ -26,9 +27,10 @@ class DeclareOperators:
         if name == "torchvision._meta_registrations":
             import torch
 
+            library_of: Any = torch.library.Library
             missing = [name for name in _OPERATORS if not hasattr(torch.ops.torchvision, name)]
             if missing:
-                self.library = library = torch.library.Library("torchvision", "FRAGMENT")
+                self.library = library = library_of("torchvision", "FRAGMENT")
                 for operator in missing:
                     library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return None
