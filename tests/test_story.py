@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -204,8 +205,9 @@ def test_what_is_wrong_is_said_before_a_model_loads(vlm_batch: CommandLine, tmp_
         (["status", "output_dir=nothing"], 2, "holds no run"),
         (["run", "-m", "seed=1,2"], 2, "Multirun"),
     ]
-    for words, code, sentence in cases:
-        done = vlm_batch(*words, code=code)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ended = list(pool.map(lambda case: vlm_batch(*case[0], code=case[1]), cases))
+    for (words, _, sentence), done in zip(cases, ended, strict=True):
         assert sentence in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
