@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.records import EncodedSample, PromptFacts, RecordKey
 from pipeline.tensors.batch import Batcher
-from pipeline.vlm.slots.queue import Queue, SharedPrefix
+from pipeline.vlm.slots.queue import Queue, SharedPrefix, Waiting
 
 IMAGE = 9
 
@@ -143,3 +143,57 @@ def test_questions_about_one_image_are_not_divided_between_two_batches() -> None
     queue = queue_of(iter(given), shared=True)
     queue.gather(1, wait=True)
     assert [len(group) for group in taken(queue, num_tokens=20)] == [3, 3, 3]  # five rows of 4
+
+
+def test_questions_about_one_image_wait_for_those_that_may_still_come() -> None:
+    begin = [1, *[IMAGE] * 20, 2]
+    given = [row(number, [*begin, 100 + number], image=f"image {number // 4}") for number in range(16)]
+    queue = queue_of(iter(given), shared=True, num_window_rows=6)
+    families = []
+    while queue.gather(6, wait=True) and not queue.ended:
+        families += [sorted(one.sample.key.row_index for one in group) for group in windows(queue)]
+    # Windows of six: the second image's two rows of the first window wait for the other two.
+    assert families == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def windows(queue: Queue) -> list[list[Waiting]]:
+    """What is taken before the queue gathers again."""
+    groups = [queue.take(6, 10_000)]
+    while queue._window:
+        groups.append(queue.take(6, 10_000))
+    return groups
+
+
+def test_a_family_larger_than_a_window_and_rows_that_share_nothing_do_not_wait() -> None:
+    begin = [1, *[IMAGE] * 20, 2]
+    alone = [row(number, [*begin, 100 + number], image="a") for number in range(9)]
+    strangers = [row(number, [1] * 5) for number in range(9)]
+    apart = [row(number, [*begin, 100 + number], image=f"image {number // 4}") for number in range(9)]
+    mixed = [*apart[:4], *strangers[4:]]
+    for given, shared in ((alone, True), (strangers, True), (mixed, True), (apart, False)):
+        queue = queue_of(iter(given), shared=shared, num_window_rows=6)
+        queue.gather(6, wait=True)
+        assert sum(map(len, windows(queue))) == 6
+        queue.gather(6, wait=True)
+        assert sum(map(len, windows(queue))) == 3
+        assert queue.ended
+
+
+def test_a_long_answer_that_comes_last_does_not_begin_last() -> None:
+    samples = Arriving([row(number, [1] * 5, cap=60 if number == 9 else 4) for number in range(10)], num_there=7)
+    queue = queue_of(samples)
+    queue.gather(1, wait=False)
+    assert len(queue.take(2, 1000)) == 2  # of a window of seven
+    samples.num_there = 5
+    queue.gather(100, wait=True)
+    assert next(one.sample.key.row_index for one in queue.take(2, 1000)) == 9
+    assert len(queue.take(100, 1000)) == 6
+    assert queue.ended
+
+
+def test_the_last_questions_of_all_are_taken_together() -> None:
+    begin = [1, *[IMAGE] * 20, 2]
+    given = [row(number, [*begin, 100 + number], image=f"image {number // 2}") for number in range(4)]
+    queue = queue_of(iter(given), shared=True)
+    queue.gather(6, wait=True)
+    assert len(queue.take(6, 10_000)) == 4

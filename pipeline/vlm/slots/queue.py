@@ -1,7 +1,7 @@
 """Rows that wait for a slot: a window of the stream, longest prompt first, rows of one image beside each other.
 
-A window is emptied before the next is filled. Otherwise the shortest rows would wait to the end of the run, and with
-them their shards.
+A window is emptied before the next is filled, until the last: otherwise the shortest rows would wait to the end of the
+run, and with them their shards.
 """
 
 from __future__ import annotations
@@ -72,11 +72,18 @@ class Queue:
                 break
             sample = next(self._samples, None)
             if sample is None:
-                self._stream_ended = True
+                self._end()
                 break
             self._arrived.append(sample)
             self._arrived_bytes += sample.num_bytes
         return self._stream_ended or len(self._window) + len(self._arrived) >= num_rows
+
+    def _end(self) -> None:
+        """All that is left is one window: a long answer that came last would else begin last, and end alone."""
+        self._stream_ended = True
+        if self._arrived:
+            self._arrived = [*(one.sample for one in self._window), *self._arrived]
+            self._window.clear()
 
     def put_back(self, waiting: Iterable[Waiting]) -> None:
         """What was taken and could not be begun, in its order."""
@@ -118,7 +125,9 @@ class Queue:
 
     def _sort(self) -> None:
         """What has arrived is the next window."""
-        arrived, self._arrived, self._arrived_bytes = self._arrived, [], 0
+        num_ready = self._num_ready()
+        arrived, self._arrived = self._arrived[:num_ready], self._arrived[num_ready:]
+        self._arrived_bytes = sum(sample.num_bytes for sample in self._arrived)
         families: dict[object, list[EncodedSample]] = {}
         for sample in self._batcher.sorted(arrived):  # a family stands where its longest prompt does
             families.setdefault(sample.image_key or id(sample), []).append(sample)
@@ -126,6 +135,16 @@ class Queue:
         for family in sorted(families.values(), key=lambda family: -_size_class(family[0].max_new_tokens or 0)):
             num_shared = self._shared(family) if self._shared else 0
             self._window.extend(Waiting(sample, num_shared) for sample in family)
+
+    def _num_ready(self) -> int:
+        """All that has arrived but the last family, of which more may come: divided, its prefix is computed twice."""
+        if self._shared is None or self._stream_ended or not self._arrived:
+            return len(self._arrived)
+        last = self._arrived[-1].image_key
+        num_last = sum(1 for _ in itertools.takewhile(lambda one: one.image_key == last, reversed(self._arrived)))
+        if last is None or num_last == len(self._arrived):
+            return len(self._arrived)
+        return len(self._arrived) - num_last
 
     @property
     def _ready(self) -> bool:
