@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow models check bench bench-long bench-gpu gpu vllm clean
+.PHONY: help setup demo test slow torture models check bench bench-long bench-gpu gpu vllm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: $(VENV)/.dev  ## all tests that need no GPU (about 10 minutes on two cores
 
 slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, two workers, twenty kills (8 minutes)
 	$(BIN)/python -m pytest -m slow
+
+torture: $(VENV)/.dev  ## kills by the hundred, at every named point, in the middle of writes; a table of what was lost (15 minutes)
+	$(BIN)/python -m pytest tests/torture -m "torture or not torture" --timeout 1800
 
 models: $(VENV)/.dev  ## every architecture through the whole program (3 minutes), then docs/models.md
 	$(BIN)/python -m pytest tests/models -m "slow or not slow" --deselect tests/models/test_models_page.py

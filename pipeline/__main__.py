@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "run": "the job: plan if new, resume if not",
+    "retry": "ask the error rows of a finished run once more, all or those of only=[stage or type, ...]",
     "preview": "stream the answers of a few rows to the terminal, or converse over images; writes nothing",
     "status": "how far a run is, from its files alone; watch=true shows it every 5 seconds until it is done",
     "audit": "prove that every row of the plan has exactly one record",
@@ -88,6 +89,7 @@ def _main(words: list[str]) -> int:
         return 0
     actions: dict[str, Callable[[_Call], int]] = {
         "run": _run,
+        "retry": _run,
         "preview": _preview,
         "status": _status,
         "audit": _audit,
@@ -126,6 +128,10 @@ def _schema(command: str) -> type | None:
         from pipeline.preview.options import PreviewOptions
 
         return PreviewOptions
+    if command == "retry":
+        from pipeline.agenda import RetryOptions
+
+        return RetryOptions
     if command == "status":
         from pipeline.status import StatusOptions
 
@@ -134,20 +140,29 @@ def _schema(command: str) -> type | None:
 
 
 def _run(call: _Call) -> int:
+    from pipeline.agenda import refuse_retry
     from pipeline.manifest import write_manifest
+    from pipeline.planning import Resume
     from pipeline.run import run
     from pipeline.status import phases, read_status, status_lines
 
     config = call.composed().config
     output_dir = config.output_path
     started = time.time()
-    config.cluster.launch(partial(run, config))
+    only = None
+    if call.options is not None:
+        only = call.options.only
+        if config.resume is Resume.overwrite:
+            raise UsageError("resume=overwrite begins anew; retry asks again what is there. Leave one of them out.")
+        refuse_retry(output_dir, only)
+    config.cluster.launch(partial(run, config, only))
     status = read_status(output_dir)
     write_manifest(output_dir, status)
     fresh = [worker for worker in status.workers if worker["started"] >= started]
     if not fresh:
-        print(f"All {status.plan.num_records:,} rows are done already; no model was loaded.")
-        print(f"input    as listed {status.plan.created}; what was added since needs another output_dir")
+        done = f"All {status.plan.num_records:,} rows are done already" if only is None else "No such error row is left"
+        print(f"{done}; no model was loaded.")
+        print(f"input    as listed {status.plan.created}; resume=extend takes in what was added since")
     for line in status_lines(output_dir, status):
         print(line)
     for worker in fresh:
@@ -224,7 +239,7 @@ def _print_keys(command: str, call: _Call) -> None:
     for key, value, doc in described_options(call.schema) if call.schema else ():
         print(f"  {key}={value}\n      {doc}")
     for key, value, doc in described(call.settings, config_dir=call.config_dir):
-        if command in ("run", "preview") or key == "output_dir":
+        if command in ("run", "retry", "preview") or key == "output_dir":
             print(f"  {key}={value}\n      {doc}")
 
 

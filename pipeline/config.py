@@ -24,6 +24,7 @@ from pipeline.dataset.parquet import ParquetConfig
 from pipeline.dataset.webdataset import WebdatasetConfig
 from pipeline.errors import UsageError
 from pipeline.option import is_speed_only, option, range_problem
+from pipeline.planning import Resume
 from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
 from pipeline.vlm.options import (
     AutoConfig,
@@ -59,9 +60,22 @@ class RunConfig:
         least=0,
         most=1,
     )
+    resume: Resume = option(
+        Resume.auto,
+        "extend = files that were added to the input become new shards; overwrite = a run of other settings is moved "
+        "aside, into old/",
+        speed=True,
+    )
     grace_seconds: float = option(
         20.0, "seconds to finish what is in flight after SIGTERM, SIGUSR1 or SIGINT", speed=True, least=0
     )
+    stall_seconds: float | None = option(
+        None,
+        "seconds without progress after which the run says what each part is at; null = never",
+        speed=True,
+        least=1,
+    )
+    stall_exit: bool = option(False, "after such a report, end with exit code 75 (run again)", speed=True)
 
     @property
     def output_path(self) -> Path:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from pipeline.dataset.base import Dataset
 from pipeline.errors import RowFault, RunFailed
 from pipeline.plan import Plan
 from pipeline.preparation import Task
 from pipeline.prompt.image import image_bytes
-from pipeline.records import ImageRef, RecordKey, Row, Shard
+from pipeline.records import Fault, ImageRef, RecordKey, Row, Shard, Stage
 from pipeline.write.claim import Claims
+from pipeline.write.goal import Goal
 from pipeline.write.ledger import Ledger
-from pipeline.write.shard import published_shards
+
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
+_ENDED = Fault(Stage.GENERATE, "ProcessEnded", "the whole process ended whenever it was at this row, once at it alone")
 
 
 class Feed:
@@ -25,20 +29,22 @@ class Feed:
 
     def __init__(
         self,
-        output_dir: Path,
         plan: Plan,
         dataset: Dataset,
+        goal: Goal,
         ledger: Ledger,
         claims: Claims,
         image_column: str | None = None,
     ) -> None:
-        self._data_dir = output_dir / "data"
-        self._plan, self._dataset, self._ledger, self._claims = plan, dataset, ledger, claims
+        self._plan, self._dataset, self._goal, self._ledger, self._claims = plan, dataset, goal, ledger, claims
         self._image_column = image_column
         self._in_work: list[Shard] = []
+        self._apart: list[
+            tuple[Shard, Sequence[int], frozenset[RecordKey]]
+        ] = []  # rows, of which those keys are missing
 
     def streams(self, shards: Sequence[Shard]) -> Iterator[Iterator[Task]]:
-        """One stream of tasks; another follows as long as other workers have shards that are not published.
+        """One stream of tasks; another follows as long as other workers have shards that lack something.
 
         A stream has to be drained before the next one: while rows of our own are on their way, waiting for another
         worker could mean that both wait for each other.
@@ -46,15 +52,17 @@ class Feed:
         while shards:
             postponed: list[Shard] = []
             yield self._tasks(shards, postponed)
-            left = self.unpublished(postponed)
+            while self._apart:
+                self._ledger.sync()  # should the process die now, these rows alone are under way
+                yield self._group(*self._apart.pop())
+            left = self.unfinished(postponed)
             if len(left) == len(shards):
                 time.sleep(_POLL_SECONDS)
             shards = left
 
-    def unpublished(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Those of the shards that nobody has published."""
-        done = published_shards(self._data_dir, self._plan.plan_id) if shards else {}
-        return [shard for shard in shards if shard.number not in done]
+    def unfinished(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those of the shards that nobody has finished."""
+        return [shard for shard in shards if self._goal.reached(shard) is None]
 
     def _tasks(self, shards: Sequence[Shard], postponed: list[Shard]) -> Iterator[Task]:
         for shard in shards:
@@ -63,14 +71,30 @@ class Feed:
                 postponed.append(shard)
                 continue
             self._in_work.append(shard)
-            answered = self._ledger.open(shard)
+            missing = self._ledger.open(shard)
             if not self._ledger.is_open(shard):
                 continue  # the journals held all of it, or another worker published it before our claim
+            suspects = self._ledger.suspects(shard)
+            if groups := suspects.groups:
+                log.warning(
+                    "%s: %d rows were under way when processes ended; asked apart", shard.name, sum(map(len, groups))
+                )
+                self._apart += [(shard, group, missing) for group in reversed(groups)]  # taken from the end
+            apart = frozenset(itertools.chain(*groups))
             for row in self._dataset.rows(shard.start, shard.stop):
-                keys = tuple(key for key in self._keys(row.index) if key not in answered)
-                if keys:
-                    self._ledger.expect(self._kept(row), keys, shard)
-                    yield Task(row, keys)
+                if row.index not in apart:
+                    guilty = row.index in suspects.culprits
+                    yield from self._task(replace(row, fault=_ENDED) if guilty else row, shard, missing)
+
+    def _group(self, shard: Shard, indices: Sequence[int], missing: frozenset[RecordKey]) -> Iterator[Task]:
+        for index in indices:
+            for row in self._dataset.rows(index, index + 1):
+                yield from self._task(row, shard, missing)
+
+    def _task(self, row: Row, shard: Shard, missing: frozenset[RecordKey]) -> Iterator[Task]:
+        if keys := tuple(key for key in self._keys(row.index) if key in missing):
+            self._ledger.expect(self._kept(row), keys, shard)
+            yield Task(row, keys)
 
     def _keys(self, row_index: int) -> Iterator[RecordKey]:
         for name in self._plan.prompt_names:

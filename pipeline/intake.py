@@ -8,7 +8,7 @@ from itertools import islice
 
 from pipeline.errors import RowFault
 from pipeline.preparation import Task, errors
-from pipeline.records import Answer, EncodedSample, Stage
+from pipeline.records import Answer, EncodedSample, RecordKey, Stage
 from pipeline.tensors.pool import Lost
 
 
@@ -19,6 +19,7 @@ class Intake(Iterator[EncodedSample]):
         results: of the worker processes.
         record: takes the answers among them.
         is_ready: whether a result can be had without waiting.
+        taken: hears of each sample before the engine has it.
     """
 
     def __init__(
@@ -26,8 +27,9 @@ class Intake(Iterator[EncodedSample]):
         results: Iterator[list[EncodedSample | Answer] | Lost[Task]],
         record: Callable[[Answer], None],
         is_ready: Callable[[], bool] = lambda: True,
+        taken: Callable[[RecordKey], None] = lambda _: None,
     ) -> None:
-        self._results, self._record, self._is_ready = results, record, is_ready
+        self._results, self._record, self._is_ready, self._taken = results, record, is_ready, taken
         self._samples: deque[EncodedSample] = deque()
 
     @property
@@ -45,6 +47,7 @@ class Intake(Iterator[EncodedSample]):
                     self._record(item)
                 else:
                     self._samples.append(item)
+        self._taken(self._samples[0].key)
         return self._samples.popleft()
 
     def first(self, num_samples: int) -> list[EncodedSample]:

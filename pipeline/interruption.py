@@ -76,14 +76,15 @@ class Interruption:
         os.write(
             2, f"\n{signal.Signals(number).name}: stopping, within {self._grace_seconds:g} s. {_AT_ONCE}\n".encode()
         )
-        timer = threading.Timer(self._grace_seconds + _MARGIN_SECONDS, self._give_up)
+        timer = threading.Timer(self._grace_seconds + _MARGIN_SECONDS, self.give_up)
         timer.daemon = True
         timer.start()
         for action in self._on_request:
             action()
 
-    def _give_up(self) -> None:
-        try:
-            self.last_words()
-        finally:
-            os._exit(Interrupted.exit_code)
+    def give_up(self) -> None:
+        """End the process with exit code 75, whatever it is deep in; `last_words` have the grace period once more."""
+        words = threading.Thread(target=self.last_words, name="last words", daemon=True)
+        words.start()
+        words.join(self._grace_seconds + _MARGIN_SECONDS)  # a disk that hangs may be why it has to end
+        os._exit(Interrupted.exit_code)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pipeline.errors import RunFailed
 from pipeline.status import Status
+from pipeline.write.crash_point import crash_point
 from pipeline.write.file import replace_file
+from pipeline.write.retry import strays
 
 
 def write_manifest(output_dir: Path, status: Status) -> bool:
@@ -39,14 +41,17 @@ def write_manifest(output_dir: Path, status: Status) -> bool:
     }
     path, work_dir = output_dir / "manifest.json", output_dir / "work"
     text = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "replace")
+    crash_point("manifest_ready")
     try:
         if not _holds(path, text):
             replace_file(path, text, beside=work_dir)
     except OSError as problem:
         if not _holds(path, text):  # else another worker wrote the same and cleared work/ away under our hands
             raise RunFailed(f"{path} cannot be written: {problem}.") from problem
-    for stray in (*work_dir.glob("part-*"), *work_dir.glob("*.tmp")):
-        stray.unlink(missing_ok=True)  # of attempts that were killed; every shard is published
+    crash_point("manifest_written")
+    for stray in strays(work_dir, {plan.shard(number).name: one.generation for number, one in status.shards.items()}):
+        stray.unlink(missing_ok=True)
+        crash_point("stray_removed")
     with suppress(OSError):  # another worker may still be closing, or somebody keeps notes there
         work_dir.rmdir()
     return True

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.errors import RowFault
-from pipeline.prompt.image import OpenedImage, open_image
+from pipeline.prompt.image import OpenedImage, decode_image, image_bytes
 from pipeline.prompt.template import Template
 from pipeline.records import Answer, EncodedSample, Fault, ImageRef, Prompt, PromptFacts, RecordKey, Row, Stage
 from pipeline.tensors.processor import Processor, ProcessorSource
+
+_KEPT_PIXELS = 1 << 24  # 50 MB of what a worker may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Preparation:
     def __init__(self, options: PreparationOptions) -> None:
         self._options = options
         self.processor = Processor(options.processor)
+        self._images = _Images(options)
 
     def __call__(self, task: Task) -> list[EncodedSample | Answer]:
         """One result for each of the task's keys."""
@@ -57,11 +60,11 @@ class Preparation:
             cap = self._cap(row)
         except RowFault as fault:
             return errors(task, fault)
-        images = _Images(self._options)
+        self._images.begin_row()
         results: list[EncodedSample | Answer] = []
         for name in dict.fromkeys(key.prompt_name for key in task.keys):
             keys = [key for key in task.keys if key.prompt_name == name]
-            results += self._prepared(row, keys, images, cap)
+            results += self._prepared(row, keys, cap)
         return results
 
     def text(self, row: Row, prompt_name: str) -> str:
@@ -73,14 +76,12 @@ class Preparation:
         prompt = self._options.template.prompt(row, prompt_name, self.processor.neutral)
         return self.processor.text(prompt.messages, [])
 
-    def _prepared(
-        self, row: Row, keys: Sequence[RecordKey], images: _Images, cap: int | None
-    ) -> list[EncodedSample | Answer]:
+    def _prepared(self, row: Row, keys: Sequence[RecordKey], cap: int | None) -> list[EncodedSample | Answer]:
         facts = PromptFacts(num_images=len(row.images))
         try:
             prompt = self._options.template.prompt(row, keys[0].prompt_name, self.processor.neutral)
             facts = PromptFacts(prompt=prompt.text, num_images=len(prompt.images), warnings=prompt.warnings)
-            opened = [images.open(ref) for ref in prompt.images]
+            opened = [self._images.open(ref) for ref in prompt.images]
             facts = self._image_facts(facts, prompt, opened)
             encoded = self.processor.encode(prompt.messages, [image.image for image in opened])
         except RowFault as fault:
@@ -138,24 +139,41 @@ class Preparation:
 
 
 class _Images:
-    """The images of one row: K prompts about one image open it once, and fail on it once."""
+    """The images of one row: K prompts about one image open it once, and fail on it once.
+
+    Rows about one image that follow each other read its bytes, and decode them once.
+    """
 
     def __init__(self, options: PreparationOptions) -> None:
         self._options = options
         self._opened: dict[ImageRef, OpenedImage | RowFault] = {}
+        self._decoded: dict[str, OpenedImage] = {}  # by the digests of their bytes: those of the row before
+
+    def begin_row(self) -> None:
+        """The images opened since are those of the row before."""
+        opened = [image for image in self._opened.values() if isinstance(image, OpenedImage)]
+        small = sum(image.width * image.height for image in opened) <= _KEPT_PIXELS
+        self._decoded = {image.sha256: image for image in opened} if small else {}
+        self._opened = {}
 
     def open(self, ref: ImageRef) -> OpenedImage:
         if ref not in self._opened:
             try:
-                self._opened[ref] = open_image(
-                    ref, max_image_pixels=self._options.max_image_pixels, allow_urls=self._options.allow_urls
-                )
+                self._opened[ref] = self._decode(ref)
             except RowFault as fault:
                 self._opened[ref] = fault
         found = self._opened[ref]
         if isinstance(found, RowFault):
             raise found
         return found
+
+    def _decode(self, ref: ImageRef) -> OpenedImage:
+        data = image_bytes(ref, allow_urls=self._options.allow_urls)
+        known = self._decoded.get(hashlib.sha256(data).hexdigest())
+        if known is not None:
+            return known
+        self._decoded = {}  # what another row left takes no memory from this one's image
+        return decode_image(ref, data, max_image_pixels=self._options.max_image_pixels)
 
 
 def errors(task: Task, fault: RowFault) -> list[EncodedSample | Answer]:

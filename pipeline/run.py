@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pipeline.agenda import Agenda
 from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, workers
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Inputs
@@ -22,18 +23,19 @@ from pipeline.feed import Feed
 from pipeline.intake import Intake
 from pipeline.interruption import Interruption
 from pipeline.meter import Meter
-from pipeline.plan import Plan, make_folders, open_plan, read_inputs, read_plan
+from pipeline.plan import Plan, read_inputs, read_plan
+from pipeline.planning import Resume, make_folders, open_plan
 from pipeline.prompt.template import Template
-from pipeline.records import Answer, Shard
+from pipeline.records import Answer
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import Engine
 from pipeline.vlm.generation import effective_settings
 from pipeline.vlm.identity import ModelIdentity, identify
+from pipeline.watchdog import Watchdog
 from pipeline.write.claim import Claims
 from pipeline.write.ledger import Ledger
 from pipeline.write.schema import OutputSchema, output_schema
-from pipeline.write.shard import published_shards
 
 if TYPE_CHECKING:
     from pipeline.vlm.parity import ParityCheck
@@ -43,8 +45,10 @@ log = logging.getLogger(__name__)
 _ROWS_BEFORE_BUDGET = 200
 
 
-def run(config: RunConfig, rank: int, world: int) -> None:
+def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) -> None:
     """Do this rank's share of the job; returns when every record of the share is published.
+
+    only: None for the first answers; else the error records of these stages or types, or all, are asked once more.
 
     Raises:
         UsageError: the settings cannot work, or differ from the plan's; nothing was touched.
@@ -52,27 +56,26 @@ def run(config: RunConfig, rank: int, world: int) -> None:
         RunFailed: the run cannot go on; what is finished is on disk.
     """
     with Interruption(config.grace_seconds) as stop:
-        run_share(config, rank, world, stop)
+        run_share(config, only, rank, world, stop)
 
 
-def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> None:
+def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> None:
     """The story itself: plan, workers, engine, ledger."""
     output_dir = config.output_path
     identity = identify(config.vlm)
-    if read_plan(output_dir) is None:
+    if read_plan(output_dir) is None or config.resume is Resume.overwrite:
         refuse_model(config, identity)  # before a source is read or a file written
     plan = planned(config, identity, partial(refuse_processor, config, identity))
     tally = Tally(plan.num_records)
-    done = published_shards(output_dir / "data", plan.plan_id)
-    for summary in done.values():
-        tally.resume(summary.num_rows, summary.errors)
-    todo = [shard for shard in my_shards(plan, rank, world) if shard.number not in done]
+    agenda = Agenda(output_dir, plan, only)
+    agenda.settle(tally)
+    todo = agenda.shards(rank, world)
     if not todo:
         return  # before anything heavy is imported
     stop.check()
     log.info(
         "%s rows to answer in %s shards, %s done already; loading the model ...",
-        f"{plan.num_records - tally.num_done:,}",
+        f"{agenda.num_records(todo):,}",
         f"{len(todo):,}",
         f"{tally.num_done:,}",
     )
@@ -84,17 +87,17 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
     attempt_id = f"{rank}-{uuid.uuid4().hex[:12]}"
     engine: Engine | None = None
     parity: ParityCheck | None = None
+    goal = agenda.goal(
+        schema,
+        constants={"model_id": identity.model_id, "model_revision": identity.revision, "run_id": plan.plan_id},
+        compression=config.write.compression,
+    )
     ledger = Ledger(
         output_dir,
-        schema,
-        plan_id=plan.plan_id,
+        goal,
         attempt_id=attempt_id,
-        prompt_names=plan.prompt_names,
-        num_samples=plan.num_samples,
-        constants={"model_id": identity.model_id, "model_revision": identity.revision, "run_id": plan.plan_id},
         numerics=lambda: dict(engine.numerics) if engine else {},
         tally=tally,
-        compression=config.write.compression,
         sync_seconds=config.write.sync_seconds,
     )
     claims = Claims(output_dir / "work", attempt_id)
@@ -111,23 +114,28 @@ def run_share(config: RunConfig, rank: int, world: int, stop: Interruption) -> N
         meter.show()
 
     state = "failed"
-    with claims, workers(config, plan, identity, template, batcher) as pool:
+    give_up = stop.give_up if config.stall_exit else None
+    with (
+        claims,
+        workers(config, plan, identity, template, batcher) as pool,
+        Watchdog(config.stall_seconds, tally, pool, lambda: engine.counts if engine else None, give_up),
+    ):
         stop.on_request(pool.stop_feeding)
         stop.last_words = ledger.sync
         try:
             engine = build_engine(config, identity, batcher, stop)
-            parity = parity_check(config, engine, batcher, num_records=plan.num_records - tally.num_done)
+            parity = parity_check(config, engine, batcher, num_records=agenda.num_records(todo))
             meter.loaded()
             kept_images = config.dataset.image_column if config.write.keep_images else None
-            feed = Feed(output_dir, plan, config.dataset.open(inputs), ledger, claims, kept_images)
+            feed = Feed(plan, config.dataset.open(inputs), goal, ledger, claims, kept_images)
             for tasks in feed.streams(todo):
-                samples = Intake(meter.waiting(pool.results(tasks)), record, pool.has_results)
+                samples = Intake(meter.waiting(pool.results(tasks)), record, pool.has_results, ledger.taken)
                 parity.check(samples.first(parity.num_due))
                 for answer in engine.answers(samples):
                     record(answer)
                 if stop.requested:
                     break
-            if left := feed.unpublished(todo):
+            if left := feed.unfinished(todo):
                 stop.check()
                 raise RunFailed(f"the work ended with {len(left)} shards unfinished: a bug")
             state = "done"
@@ -165,6 +173,7 @@ def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Templa
         shard_rows=config.write.shard_rows,
         prompt_names=config.prompt_names,
         num_samples=config.generation.n,
+        resume=config.resume,
     )
 
 
@@ -201,11 +210,6 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
         image_column=dataset.image_column,
     )
     return template, schema
-
-
-def my_shards(plan: Plan, rank: int, world: int) -> list[Shard]:
-    """A rank's own shards, in order."""
-    return [plan.shard(number) for number in range(rank, plan.num_shards, world)]
 
 
 def check_budget(max_error_rate: float | None, tally: Tally) -> None:

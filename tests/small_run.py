@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.agenda import Agenda
 from pipeline.dataset.base import FILES_SCHEMA, Inputs
-from pipeline.plan import Plan, make_folders, open_plan
+from pipeline.plan import Plan
+from pipeline.planning import make_folders, open_plan
 from pipeline.records import Answer, Fault, FinishReason, PromptFacts, RecordKey, Row, Shard, Stage
 from pipeline.tally import Tally
 from pipeline.write.ledger import Ledger
@@ -70,18 +72,19 @@ def new_ledger(
     tally: Tally | None = None,
     schema: OutputSchema | None = None,
     sync_seconds: float = 3600,
+    only: Collection[str] | None = None,
 ) -> Ledger:
+    goal = Agenda(output_dir, plan, only).goal(
+        schema or output_schema(WriteConfig(), columns),
+        constants={"model_id": "demo", "model_revision": None, "run_id": plan.plan_id},
+        compression="zstd",
+    )
     return Ledger(
         output_dir,
-        schema or output_schema(WriteConfig(), columns),
-        plan_id=plan.plan_id,
+        goal,
         attempt_id=attempt_id,
-        prompt_names=plan.prompt_names,
-        num_samples=plan.num_samples,
-        constants={"model_id": "demo", "model_revision": None, "run_id": plan.plan_id},
         numerics=lambda: {"engine": "none"},
         tally=tally or Tally(plan.num_records),
-        compression="zstd",
         sync_seconds=sync_seconds,
     )
 
@@ -115,12 +118,10 @@ def keys_of(plan: Plan, shard: Shard) -> Iterator[RecordKey]:
 
 def work(ledger: Ledger, plan: Plan, shard: Shard, keys: Iterable[RecordKey] | None = None) -> list[RecordKey]:
     """What a worker does with a shard: every missing key, or those given, is answered. The keys that were."""
-    answered = ledger.open(shard)
-    missing = [key for key in (keys_of(plan, shard) if keys is None else keys) if key not in answered]
-    for index in dict.fromkeys(key.row_index for key in keys_of(plan, shard) if key not in answered):
-        ledger.expect(
-            row(index), [k for k in keys_of(plan, shard) if k.row_index == index and k not in answered], shard
-        )
+    lacking = ledger.open(shard)
+    missing = [key for key in (keys_of(plan, shard) if keys is None else keys) if key in lacking]
+    for index in dict.fromkeys(key.row_index for key in keys_of(plan, shard) if key in lacking):
+        ledger.expect(row(index), [k for k in keys_of(plan, shard) if k.row_index == index and k in lacking], shard)
     for key in missing:
         ledger.record(answer(key))
     return missing

@@ -145,7 +145,7 @@ def test_a_damaged_shard_costs_only_itself(tmp_path: Path) -> None:
     shard(tmp_path).unlink()
     ledger = new_ledger(tmp_path, plan, "again")
     for number in range(plan.num_shards):
-        for key in set(keys_of(plan, plan.shard(number))) - ledger.open(plan.shard(number)):
+        for key in ledger.open(plan.shard(number)):
             ledger.expect(row(key.row_index), [key], plan.shard(number))
             ledger.record(answer(key))
     ledger.close()

@@ -16,7 +16,7 @@ from small_run import FAULT, answer, finished_run, keys_of, new_ledger, new_plan
 from pipeline.errors import RunFailed, UsageError
 from pipeline.manifest import write_manifest
 from pipeline.status import read_status, status_lines
-from pipeline.write.journal import Journal
+from pipeline.write.journal import Journal, JournalHeader
 
 
 def test_a_run_that_was_killed_says_what_is_done_and_how_to_go_on(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_journal_beside_its_published_shard_counts_once(tmp_path: Path) -> Non
 
 def test_a_journal_of_another_plan_does_not_count(tmp_path: Path) -> None:
     new_plan(tmp_path, 6)
-    Journal(tmp_path / "work/part-00000.x.journal", plan_id="another", shard=0).close()
+    Journal(tmp_path / "work/part-00000.x.journal", JournalHeader("another", 0, 0)).close()
     (tmp_path / "work/part-00001.y.journal").write_bytes(b"torn")
     assert read_status(tmp_path).num_journalled == 0
 

@@ -67,7 +67,7 @@ class DatasetConfig:
     max_rows: int | None = option(None, "stop after this many rows; null = all", least=0)
     root: str | None = option(None, "folder that image paths found in rows are relative to and must stay inside")
     allow_urls: bool = option(
-        False, "accept http(s) URLs as images; they are not fetched yet, so such rows are error rows"
+        False, "fetch images at http(s) URLs, of public addresses alone; otherwise such rows are error rows"
     )
 
     def scan(self) -> Inputs:

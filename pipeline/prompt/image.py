@@ -23,6 +23,7 @@ from io import BytesIO
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import RowFault
+from pipeline.prompt.fetch import FetchLimits, fetch, shown
 from pipeline.prompt.pixels import num_frames, orientation, to_rgb, upright
 from pipeline.records import ImageRef, Stage
 
@@ -65,13 +66,21 @@ class OpenedImage:
 def open_image(ref: ImageRef, *, max_image_pixels: int, allow_urls: bool = False) -> OpenedImage:
     """Read, check and decode an image.
 
-    Transparency is put on white, the first frame stands for an animation, grey of more than 8 bits is scaled.
-
     Raises:
         RowFault: stage `read` where the bytes cannot be had, stage `decode` where they are no usable image.
     """
+    return decode_image(ref, image_bytes(ref, allow_urls=allow_urls), max_image_pixels=max_image_pixels)
+
+
+def decode_image(ref: ImageRef, data: bytes, *, max_image_pixels: int) -> OpenedImage:
+    """Check and decode the bytes of an image.
+
+    Transparency is put on white, the first frame stands for an animation, grey of more than 8 bits is scaled.
+
+    Raises:
+        RowFault: stage `decode`: they are no usable image.
+    """
     name = ref.path if ref.path is not None else "image bytes"
-    data = image_bytes(ref, allow_urls=allow_urls)
     if not data:
         raise RowFault(Stage.DECODE, "UnidentifiedImageError", f"{name}: empty, 0 bytes")
     try:
@@ -114,9 +123,9 @@ def image_bytes(ref: ImageRef, *, allow_urls: bool = False) -> bytes:
         if not protocols or protocols == ["file"]:
             return _file_bytes(path[7:] if protocols else path)
         if protocols[0] in ("http", "https"):
-            # Fetching needs a client that refuses private addresses, at each redirect too; fsspec's does not.
-            kind, what = ("UrlsNotSupported", "cannot be fetched yet") if allow_urls else ("UrlsNotAllowed", "is a URL")
-            raise RowFault(Stage.READ, kind, f"{path}: {what}; download the images and give their paths")
+            if not allow_urls:
+                raise RowFault(Stage.READ, "UrlsNotAllowed", f"{shown(path)}: dataset.allow_urls=true fetches URLs")
+            return fetch(path, FetchLimits())  # not fsspec's client, which goes to any address
         if len(protocols) > 1 or "::" in path or protocols[0] not in STORES:
             message = f"{path}: expected a path or one of {', '.join(sorted(STORES))}"
             raise RowFault(Stage.READ, "UrlsNotSupported", message)

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 from pipeline.errors import RunFailed
-from pipeline.tensors.worker import ending, environment, serve
+from pipeline.tensors.worker import STACK_SIGNAL, ending, environment, serve
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class _Worker(Generic[Task]):
     pipe: Connection
     outbox: queue.SimpleQueue[bytes | None]
     writer: threading.Thread
+    handle: int  # of the process (pidfd): its number may be somebody else's once it is gone
     assigned: deque[_Assignment[Task]] = field(default_factory=deque)
     ready: bool = False
     busy_since: float = 0.0  # when it began the oldest assigned task
@@ -136,6 +138,14 @@ class WorkerPool(Generic[Task, Result]):
     def has_results(self) -> bool:
         """Whether results() has one that can be had without waiting."""
         return not self._buffer.empty()
+
+    def at_work(self) -> Iterator[tuple[Task, float]]:
+        """What the workers are at, and for how many seconds each; each prints its stack. For a report: a rough look."""
+        for worker in list(self._workers):
+            if assigned := list(worker.assigned):
+                yield assigned[0].task, time.monotonic() - worker.busy_since
+                with contextlib.suppress(OSError):  # it has just ended
+                    signal.pidfd_send_signal(worker.handle, STACK_SIGNAL)
 
     def stop_feeding(self) -> None:
         """Hand out no further task; results() ends with what is in the workers. May be called by a signal handler."""
@@ -284,7 +294,7 @@ class WorkerPool(Generic[Task, Result]):
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         writer = threading.Thread(target=_write, args=(ours, outbox), name="encode-outbox", daemon=True)
         writer.start()
-        return _Worker(process, ours, outbox, writer)
+        return _Worker(process, ours, outbox, writer, _handle(process.pid))
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # the pipe is full of wake-ups already, or closed
@@ -312,3 +322,13 @@ def _end(worker: _Worker[Any]) -> None:
     worker.outbox.put(None)
     worker.writer.join()
     worker.pipe.close()
+    if worker.handle >= 0:  # may be ended twice
+        os.close(worker.handle)
+        worker.handle = -1
+
+
+def _handle(pid: int | None) -> int:
+    try:
+        return os.pidfd_open(pid or 0)
+    except OSError:  # it has ended already
+        return -1

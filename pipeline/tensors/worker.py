@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import queue
@@ -27,6 +28,7 @@ _ENVIRONMENT = {
 # Workers run ahead of a model that computes on the same cores, and give way to it once they are.
 _NICENESS = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STACK_SIGNAL = signal.SIGUSR2  # has a worker print where it is
 
 
 def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
@@ -35,6 +37,7 @@ def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICENESS)
+    faulthandler.register(STACK_SIGNAL, file=os.dup(2), all_threads=True)  # of its own: `silenced_libraries` takes 2
     try:
         # A thread empties the pipe, so that parent and worker never wait for each other with both directions full, and
         # notices when the parent is gone. It starts first: its stack is part of the baseline.

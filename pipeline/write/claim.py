@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.write.crash_point import crash_point
+
 LEASE_SECONDS = 60.0
 
 
@@ -83,6 +85,7 @@ class Claims:
             taken = _read(path) == self._own  # of two that take over, the last one has it
             if taken:
                 self._held.add(shard_name)
+                crash_point("claim_taken")
             return taken
 
     def release(self, shard_name: str) -> None:

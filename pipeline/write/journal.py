@@ -4,7 +4,7 @@ A journal is one attempt's file, `work/part-00042.<attempt>.journal`, only ever 
 
     magic | length u32 | crc32 u32 | payload | length u32 | crc32 u32 | payload | ...
 
-The first payload is a JSON header (plan_id, shard), each later one an Arrow IPC stream of some answers. Whatever stands
+The first payload is a JSON header (JournalHeader), each later one an Arrow IPC stream of some answers. Whatever stands
 behind the first frame that is short, empty or fails its checksum is ignored: it is the tail of a process that was
 killed, or the zeros of a machine that lost power. Nobody appends to a file whose end may be torn: what is written
 behind a torn frame would be lost with it.
@@ -17,12 +17,24 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.write.crash_point import crash_point, crashing_file
+
 _MAGIC = b"vlmbatchj1\n"
 _FRAME = struct.Struct("<II")  # payload length in bytes, crc32 of the payload
+
+
+@dataclass(frozen=True, slots=True)
+class JournalHeader:
+    """What the answers of a journal are for."""
+
+    plan_id: str
+    shard: int
+    generation: int  # of the shard's file that they will be in
 
 
 class Journal:
@@ -31,13 +43,15 @@ class Journal:
     After an OSError the file may end in half a frame: close it and go on in a new one.
     """
 
-    def __init__(self, path: Path, *, plan_id: str, shard: int) -> None:
+    def __init__(self, path: Path, header: JournalHeader) -> None:
         self.path = path
         # "x": the name carries the attempt, so an existing file means that two attempts share an identity. Unbuffered:
         # what a full disk refused must not lie in a buffer that a later close() writes.
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - held until close()
+        file = open(path, "xb", buffering=0)  # noqa: SIM115 - held until close()
+        self._file = crashing_file(file, "journal_bytes")
         try:
-            self._write(_MAGIC + _frame(json.dumps({"plan_id": plan_id, "shard": shard}).encode()))
+            self._write(_MAGIC + _frame(json.dumps(asdict(header)).encode()))
+            crash_point("journal_created")
         except OSError:
             self._file.close()
             raise
@@ -48,7 +62,9 @@ class Journal:
         with pa.ipc.new_stream(sink, rows.schema) as stream:
             stream.write_batch(rows)
         self._write(_frame(sink.getvalue().to_pybytes()))
+        crash_point("journal_appended")
         os.fsync(self._file.fileno())
+        crash_point("journal_synced")
 
     def _write(self, content: bytes) -> None:
         rest = memoryview(content)
@@ -59,12 +75,12 @@ class Journal:
         self._file.close()
 
 
-def read_journal(path: Path, *, plan_id: str, shard: int, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """The answers of a journal up to its first damaged frame; nothing if it is of another plan, shard or schema."""
+def read_journal(path: Path, header: JournalHeader, *, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """The answers of a journal up to its first damaged frame; nothing if it is for something else."""
     batches: list[pa.RecordBatch] = []
     for number, payload in enumerate(_frames(path)):
         if number == 0:
-            if json.loads(payload) != {"plan_id": plan_id, "shard": shard}:
+            if json.loads(payload) != asdict(header):
                 return []
             continue
         with pa.ipc.open_stream(payload) as stream:

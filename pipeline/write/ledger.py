@@ -1,6 +1,6 @@
 """The ledger of one worker: every record of the shards it works on, until each shard is published.
 
-    ledger.open(shard)        reads the journals of earlier attempts -> the keys that are answered already
+    ledger.open(shard)        reads the journals of earlier attempts -> the keys that still need an answer
     ledger.expect(row, keys)  a row is on its way through the pipeline; its columns are kept until it is answered
     ledger.record(answer)     a finished answer; journalled within sync_seconds, published with its shard's last one
     ledger.close()            what is finished is on disk, what is not is left for the next start
@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import RunFailed
 from pipeline.records import Answer, RecordKey, Row, Shard
 from pipeline.tally import Tally
 from pipeline.write.columns import journal_batch
-from pipeline.write.journal import Journal, read_journal
-from pipeline.write.schema import OutputSchema, ShardSummary, journal_row
-from pipeline.write.shard import publish_shard, summary_of_plan
+from pipeline.write.crash_point import crash_point
+from pipeline.write.goal import Goal, Wanted
+from pipeline.write.journal import Journal, JournalHeader, read_journal
+from pipeline.write.schema import journal_row
+from pipeline.write.suspects import NOBODY, Suspects, Taken, read_suspects, taken_files
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _OpenShard:
     shard: Shard
-    num_expected: int
+    wanted: Wanted
+    taken: Taken
+    suspects: Suspects = NOBODY
     batches: list[pa.RecordBatch] = field(default_factory=list)  # on disk, in a journal
     pending: list[dict[str, Any]] = field(default_factory=list)  # not yet
     seen: set[RecordKey] = field(default_factory=set)
@@ -62,8 +65,8 @@ class Ledger:
     """Records of the shards in work; see the module's docstring. `open` and `expect` may run in another thread.
 
     Args:
+        goal: what is wanted of the shards.
         attempt_id: unique to this start; part of every temporary name.
-        constants: model_id, model_revision and run_id, the same in every record.
         numerics: what to say of engine, device and versions in a shard's footer; asked when a shard is published.
         tally: counts records as they are found in journals and as they come in.
     """
@@ -71,25 +74,16 @@ class Ledger:
     def __init__(
         self,
         output_dir: Path,
-        schema: OutputSchema,
+        goal: Goal,
         *,
-        plan_id: str,
         attempt_id: str,
-        prompt_names: Sequence[str],
-        num_samples: int,
-        constants: Mapping[str, str | None],
         numerics: Callable[[], Mapping[str, str]],
         tally: Tally,
-        compression: str,
         sync_seconds: float,
     ) -> None:
-        self._data_dir, self._work_dir = output_dir / "data", output_dir / "work"
-        self._schema, self._journal_schema = schema, schema.journal
-        self._plan_id, self._attempt_id = plan_id, attempt_id
-        self._prompt_order = {name: number for number, name in enumerate(prompt_names)}
-        self._num_samples = num_samples
-        self._constants, self._numerics, self._tally = constants, numerics, tally
-        self._compression = compression
+        self._work_dir = output_dir / "work"
+        self._goal, self._schema, self._journal_schema = goal, goal.schema, goal.schema.journal
+        self._attempt_id, self._numerics, self._tally = attempt_id, numerics, tally
         self._open: dict[int, _OpenShard] = {}
         self._rows: dict[int, _ExpectedRow] = {}
         self._lock, self._disk = threading.Lock(), threading.Lock()
@@ -101,43 +95,62 @@ class Ledger:
         self._syncer.start()
 
     def open(self, shard: Shard) -> frozenset[RecordKey]:
-        """Take a shard in work; the keys that need no answer any more.
+        """Take a shard in work; the keys that still need an answer.
 
-        They stand in journals of earlier attempts, or another worker published the whole shard meanwhile. A shard whose
-        last record stands in a journal is published here.
+        The others stand in journals of earlier attempts, or another worker published the whole shard meanwhile. A shard
+        whose last record stands in a journal is published here.
 
         Raises:
-            RunFailed: the shard could not be published, or a folder has its name.
+            RunFailed: the shard could not be published, or what is in its place is no shard.
         """
-        if self._final(shard).is_dir():
-            raise RunFailed(f"{self._final(shard)} is a folder where a shard has to be; move it away and run again.")
-        wanted = self._keys_of(shard)
-        current = _OpenShard(shard, len(wanted))
-        errors: Counter[str] = Counter()
-        for path in self._journals(shard):
-            for batch in read_journal(path, plan_id=self._plan_id, shard=shard.number, schema=self._journal_schema):
-                fresh = [key not in current.seen for key in _keys(batch)]  # two attempts may have answered the same key
+        wanted = self._goal.wanted(shard)
+        current = _OpenShard(shard, wanted, Taken(self._work_dir, wanted.stem, self._attempt_id))
+        errors: Counter[str] = Counter(wanted.settled_errors)
+        for path in self._journals(wanted):
+            for batch in read_journal(path, self._header(current), schema=self._journal_schema):
+                # Two attempts may have answered the same key.
+                fresh = [key in wanted.attempts and key not in current.seen for key in _keys(batch)]
                 batch = batch.filter(pa.array(fresh, pa.bool_()))
                 current.batches.append(batch)
                 current.seen.update(_keys(batch))
                 errors.update(_errors(batch))
         # Asked last: a worker that publishes removes the journals afterwards, so what is missing there is seen here.
-        if summary := summary_of_plan(self._final(shard), self._plan_id):
+        if summary := self._goal.reached(shard):
             with self._lock:
                 self._tally.resume(summary.num_rows, summary.errors)
                 self.num_published += 1
-            return wanted
+            return frozenset()
         with self._lock:
-            self._tally.resume(len(current.seen), errors)
+            self._tally.resume(wanted.num_settled + len(current.seen), errors)
             self._open[shard.number] = current
-        answered = frozenset(current.seen)
+        missing = wanted.attempts.keys() - current.seen
+        current.suspects = read_suspects(self._work_dir, wanted.stem, {key.row_index for key in missing})
         self._publish_if_complete(current)
-        return answered
+        return frozenset(missing)
 
     def is_open(self, shard: Shard) -> bool:
         """Whether a shard is in work: taken, and not yet published."""
         with self._lock:
             return shard.number in self._open
+
+    def suspects(self, shard: Shard) -> Suspects:
+        """Rows of a shard in work that may have ended earlier attempts; they are to be asked alone."""
+        with self._lock:
+            return self._open[shard.number].suspects
+
+    def taken(self, key: RecordKey) -> None:
+        """A sample is given to the engine: should the process end now, this row was under way.
+
+        Raises:
+            RunFailed: that could not be noted.
+        """
+        with self._lock:
+            current = self._open[self._rows[key.row_index].shard.number]
+            alone = (key.row_index,) in current.suspects.groups
+            try:
+                current.taken.add(key.row_index, alone=alone)
+            except OSError as problem:
+                raise self._unwritable(problem) from problem
 
     def expect(self, row: Row, keys: Sequence[RecordKey], shard: Shard) -> None:
         """Keep a row's columns until its answers are in."""
@@ -156,7 +169,8 @@ class Ledger:
             current = self._open[expected.shard.number]
             assert answer.key not in current.seen, f"{answer.key} was answered twice"
             current.seen.add(answer.key)
-            current.pending.append(journal_row(answer, expected.columns, self._schema.inputs, attempt=1))
+            attempt = current.wanted.attempts[answer.key]
+            current.pending.append(journal_row(answer, expected.columns, self._schema.inputs, attempt))
             expected.num_missing -= 1
             if not expected.num_missing:
                 del self._rows[answer.key.row_index]
@@ -190,6 +204,7 @@ class Ledger:
             with self._disk, self._lock:
                 for current in self._open.values():
                     current.close_journal()
+                    current.taken.close()
 
     def _journal_pending(self, current: _OpenShard) -> None:
         with self._lock:
@@ -199,17 +214,14 @@ class Ledger:
         batch, unfit = journal_batch(rows, self._schema)
         try:
             if current.journal is None:
-                name = f"{current.shard.name}.{self._attempt_id}-{next(self._journal_numbers)}.journal"
-                current.journal = Journal(self._work_dir / name, plan_id=self._plan_id, shard=current.shard.number)
+                name = f"{current.wanted.stem}.{self._attempt_id}-{next(self._journal_numbers)}.journal"
+                current.journal = Journal(self._work_dir / name, self._header(current))
             current.journal.append(batch)
         except OSError as problem:
             current.close_journal()  # it may end in half a frame: a later try starts another file
-            if summary_of_plan(self._final(current.shard), self._plan_id):
+            if self._goal.reached(current.shard):
                 return  # by another worker, which has cleared work/ away: nothing is lost
-            raise RunFailed(
-                f"the journals in {self._work_dir} cannot be written: {problem.strerror or problem}. What was synced "
-                "before is safe; make room or restore the folder and run the same command again."
-            ) from problem
+            raise self._unwritable(problem) from problem
         with self._lock:
             current.batches.append(batch)
             del current.pending[: len(rows)]
@@ -217,7 +229,7 @@ class Ledger:
 
     def _publish_if_complete(self, current: _OpenShard) -> None:
         with self._lock:
-            if len(current.seen) < current.num_expected:
+            if len(current.seen) < len(current.wanted.attempts):
                 return
         with self._disk:
             # Into the journal first: whatever becomes of the publication, the answers are on disk.
@@ -227,55 +239,37 @@ class Ledger:
                 del self._open[current.shard.number]
                 self.num_published += 1
             current.close_journal()
+            current.taken.close()
             # Also those of other workers at this shard: they have nothing to add to it.
-            for path in self._journals(current.shard):
+            crash_point("shard_settled")
+            for path in (*self._journals(current.wanted), *taken_files(self._work_dir, current.wanted.stem)):
                 path.unlink(missing_ok=True)
+                crash_point("journal_removed")
 
     def _publish(self, current: _OpenShard) -> None:
-        shard = current.shard
         if current.pending:  # not journalled because another worker was quicker
             return
-        journal = self._sorted(pa.Table.from_batches(current.batches, self._journal_schema))
-        errors = _errors(journal)
-        summary = ShardSummary(
-            plan_id=self._plan_id,
-            shard=shard.number,
-            num_rows=len(journal),
-            num_errors=errors.total(),
-            errors=dict(errors),
-            num_generated_tokens=pc.sum(journal["num_generated_tokens"]).as_py() or 0,
+        won = self._goal.publish(
+            current.shard,
+            current.wanted,
+            pa.Table.from_batches(current.batches, self._journal_schema),
             numerics=dict(self._numerics()),
-        )
-        won = publish_shard(
-            self._schema.publish(journal, self._constants),
-            summary,
-            final=self._final(shard),
-            attempt_path=self._work_dir / f"{shard.name}.{self._attempt_id}.parquet",
-            compression=self._compression,
+            attempt_path=self._work_dir / f"{current.wanted.stem}.{self._attempt_id}.parquet",
         )
         if not won:
-            log.info("%s was published by another worker meanwhile; this copy is discarded", shard.name)
+            log.info("%s was published by another worker meanwhile; this copy is discarded", current.shard.name)
 
-    def _final(self, shard: Shard) -> Path:
-        return self._data_dir / f"{shard.name}.parquet"
+    def _header(self, current: _OpenShard) -> JournalHeader:
+        return JournalHeader(self._goal.plan_id, current.shard.number, current.wanted.generation)
 
-    def _keys_of(self, shard: Shard) -> frozenset[RecordKey]:
-        return frozenset(
-            RecordKey(row_index, name, sample_index)
-            for row_index in range(shard.start, shard.stop)
-            for name in self._prompt_order
-            for sample_index in range(self._num_samples)
+    def _unwritable(self, problem: OSError) -> RunFailed:
+        return RunFailed(
+            f"the journals in {self._work_dir} cannot be written: {problem.strerror or problem}. What was synced "
+            "before is safe; make room or restore the folder and run the same command again."
         )
 
-    def _sorted(self, journal: pa.Table) -> pa.Table:
-        """In input order and in one piece, so that the file does not depend on when its answers came."""
-        order = pa.array([self._prompt_order[name] for name in journal["prompt_name"].to_pylist()], pa.int32())
-        keys = pa.table({"row": journal["row_index"], "prompt": order, "sample": journal["sample_index"]})
-        indices = pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names])
-        return journal.take(indices).combine_chunks()
-
-    def _journals(self, shard: Shard) -> list[Path]:
-        return sorted(self._work_dir.glob(f"{shard.name}.*.journal"))
+    def _journals(self, wanted: Wanted) -> list[Path]:
+        return sorted(self._work_dir.glob(f"{wanted.stem}.*.journal"))
 
     def _sync_forever(self, sync_seconds: float) -> None:
         while not self._closing.wait(sync_seconds):
@@ -296,7 +290,7 @@ def _keys(batch: pa.RecordBatch) -> list[RecordKey]:
     return [RecordKey(*values) for values in zip(*columns, strict=True)]
 
 
-def _errors(rows: pa.RecordBatch | pa.Table) -> Counter[str]:
+def _errors(rows: pa.RecordBatch) -> Counter[str]:
     """Error records by "stage/type"."""
     pairs = zip(rows["error_stage"].to_pylist(), rows["error_type"].to_pylist(), strict=True)
     return Counter(f"{stage}/{kind}" for stage, kind in pairs if stage is not None)

@@ -85,6 +85,7 @@ class ShardSummary:
     errors: Mapping[str, int]  # "stage/type" -> records
     num_generated_tokens: int
     numerics: Mapping[str, str]  # engine, attention kernel, device, library versions
+    generation: int = 0  # how often error records were asked again
     schema_version: int = SCHEMA_VERSION
 
     def to_metadata(self) -> dict[bytes, bytes]:

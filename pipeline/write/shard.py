@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import RunFailed
+from pipeline.write.crash_point import crash_point, crashing_file
 from pipeline.write.file import NO_HARD_LINKS, sync_directory
 from pipeline.write.schema import ShardSummary
 
@@ -71,8 +72,18 @@ def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
         ) from problem
 
 
-def publish_shard(table: pa.Table, summary: ShardSummary, *, final: Path, attempt_path: Path, compression: str) -> bool:
+def publish_shard(
+    table: pa.Table,
+    summary: ShardSummary,
+    *,
+    final: Path,
+    attempt_path: Path,
+    compression: str,
+    confirm: Callable[[], None] = lambda: None,
+) -> bool:
     """Write `table` to `attempt_path`, check what is on disk, and give it its final name.
+
+    confirm: called right before that; raises if the name is not to be given any more.
 
     Returns:
         True if this call published it; False if the shard of the same plan was there already and ours was discarded.
@@ -84,8 +95,12 @@ def publish_shard(table: pa.Table, summary: ShardSummary, *, final: Path, attemp
     won = False
     try:
         _write(table, attempt_path, compression)
+        crash_point("shard_closed")
         _check(table, attempt_path)
+        crash_point("shard_checked")
+        confirm()
         won = _publish(attempt_path, final, summary.plan_id)
+        crash_point("shard_published")
         sync_directory(final.parent)
         return won
     except (OSError, RunFailed) as problem:
@@ -105,13 +120,15 @@ def publish_shard(table: pa.Table, summary: ShardSummary, *, final: Path, attemp
 def _write(table: pa.Table, path: Path, compression: str) -> None:
     # Not `with ParquetWriter(...)`: on an exception that writes a valid footer over half the rows.
     with open(path, "xb") as file:
+        crash_point("shard_opened")
         pq.write_table(
             table,
-            file,
+            crashing_file(file, "shard_bytes"),
             compression=compression,
             write_page_checksum=True,
             row_group_size=max(1, min(len(table), 10_000)),
         )
+        crash_point("shard_written")
         file.flush()
         os.fsync(file.fileno())
 

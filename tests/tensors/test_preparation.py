@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_processors import save_idefics3
 
 from pipeline.preparation import Preparation, PreparationOptions, Task
+from pipeline.prompt.image import OpenedImage, decode_image
 from pipeline.prompt.template import PromptConfig, PromptFormat
 from pipeline.records import Answer, EncodedSample, Fault, ImageRef, RecordKey, Row, Stage
 from pipeline.tensors.pool import WorkerPool
@@ -153,3 +154,71 @@ def test_an_answer_never_outgrows_the_context_of_the_model(folder: Path) -> None
     assert isinstance(answer, Answer)
     assert answer.fault is not None
     assert answer.fault.kind == "PromptTooLong"
+
+
+def test_rows_about_one_image_decode_it_once_and_are_what_each_is_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+
+    def counted(ref: ImageRef, data: bytes, *, max_image_pixels: int) -> OpenedImage:
+        decoded.append(len(data))
+        return decode_image(ref, data, max_image_pixels=max_image_pixels)
+
+    monkeypatch.setattr("pipeline.preparation.decode_image", counted)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(photo(40, 30))
+    at_path = (ImageRef(path=str(path)),)
+    options = options_of(folder)
+    prepare = Preparation(options)
+
+    def both(one: Task) -> tuple[int, Any]:
+        """How often the row's image was decoded, and the row prepared like one alone."""
+        before = len(decoded)
+        found = prepare(one)
+        num_decoded = len(decoded) - before
+        alone = Preparation(options)(one)
+        for result, expected in zip(found, alone, strict=True):
+            assert (type(result), result.facts) == (type(expected), expected.facts)
+            if isinstance(result, EncodedSample) and isinstance(expected, EncodedSample):
+                assert result.tensors.keys() == expected.tensors.keys()
+                for name, tensor in result.tensors.items():
+                    assert (tensor == expected.tensors[name]).all(), name
+        return num_decoded, found[0]
+
+    assert both(task(images=at_path))[0] == 1
+    assert both(task(photo(40, 30)))[0] == 0  # the same bytes, from elsewhere
+    assert both(task(images=at_path))[0] == 0
+    path.write_bytes(photo(50, 30))
+    num_decoded, changed = both(task(images=at_path))
+    assert (num_decoded, changed.facts.image_width) == (1, (50,))
+    assert both(task(photo(40, 30)))[0] == 1  # of the row before alone
+    path.write_bytes(b"no image")
+    for _ in range(2):  # a fault is found anew
+        num_decoded, fault = both(task(images=at_path))
+        assert (num_decoded, fault.fault.kind) == (1, "UnidentifiedImageError")
+
+
+def test_a_large_image_is_not_kept_for_the_next_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.preparation._KEPT_PIXELS", 40 * 30)
+    prepare = Preparation(options_of(folder))
+    for width, num_kept in ((40, 1), (41, 0)):
+        prepare(task(photo(width, 30)))
+        prepare._images.begin_row()
+        assert len(prepare._images._decoded) == num_kept
+
+
+def test_what_a_row_left_is_let_go_before_another_image_is_decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Preparation(options_of(folder))
+    num_kept: list[int] = []
+
+    def watched(ref: ImageRef, data: bytes, *, max_image_pixels: int) -> OpenedImage:
+        num_kept.append(len(prepare._images._decoded))
+        return decode_image(ref, data, max_image_pixels=max_image_pixels)
+
+    monkeypatch.setattr("pipeline.preparation.decode_image", watched)
+    for width in (40, 41, 42):
+        prepare(task(photo(width, 30)))
+    assert num_kept == [0, 0, 0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.write.journal import Journal, count_journal_rows, read_journal
+from pipeline.write.journal import Journal, JournalHeader, count_journal_rows, read_journal
 
 SCHEMA = pa.schema([pa.field("row_index", pa.int64(), nullable=False), pa.field("response", pa.string())])
 
@@ -20,7 +20,7 @@ def batch(*rows: tuple[int, str]) -> pa.RecordBatch:
 
 def three_appends(path: Path) -> list[int]:
     """A journal of three appends; the file's size after its header and after each of them."""
-    journal = Journal(path, plan_id="p", shard=0)
+    journal = Journal(path, JournalHeader("p", 0, 0))
     sizes = [path.stat().st_size]
     for number in range(3):
         journal.append(batch((number, f"answer {number}"), (10 + number, "ü \0 \n")))
@@ -29,8 +29,10 @@ def three_appends(path: Path) -> list[int]:
     return sizes
 
 
-def read(path: Path, *, plan_id: str = "p", shard: int = 0, schema: pa.Schema = SCHEMA) -> list[pa.RecordBatch]:
-    return read_journal(path, plan_id=plan_id, shard=shard, schema=schema)
+def read(
+    path: Path, *, plan_id: str = "p", shard: int = 0, generation: int = 0, schema: pa.Schema = SCHEMA
+) -> list[pa.RecordBatch]:
+    return read_journal(path, JournalHeader(plan_id, shard, generation), schema=schema)
 
 
 def test_what_was_appended_is_read_back(tmp_path: Path) -> None:
@@ -87,6 +89,7 @@ def test_a_journal_of_another_plan_shard_or_schema_holds_nothing_for_us(tmp_path
     assert len(read(path)) == 3
     assert read(path, plan_id="q") == []
     assert read(path, shard=1) == []
+    assert read(path, generation=1) == []
     assert read(path, schema=SCHEMA.append(pa.field("more", pa.int8()))) == []
     assert count_journal_rows(path, plan_id="q") == 0
 
@@ -98,12 +101,12 @@ def test_a_journal_that_was_removed_meanwhile_holds_nothing(tmp_path: Path) -> N
 def test_two_attempts_cannot_share_a_file(tmp_path: Path) -> None:
     three_appends(tmp_path / "j")
     with pytest.raises(FileExistsError):
-        Journal(tmp_path / "j", plan_id="p", shard=0)
+        Journal(tmp_path / "j", JournalHeader("p", 0, 0))
 
 
 def test_an_append_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, synced = tmp_path / "j", []
-    journal = Journal(path, plan_id="p", shard=0)
+    journal = Journal(path, JournalHeader("p", 0, 0))
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_size), real(number)))
     journal.append(batch((1, "x")))

@@ -102,7 +102,7 @@ def test_two_attempts_that_answered_the_same_key_leave_one_record(tmp_path: Path
     red.close()
     blue.close()
     third = new_ledger(tmp_path, plan, "third")
-    assert third.open(plan.shard(0)) == set(keys)
+    assert third.open(plan.shard(0)) == set()
     third.close()
     assert third.num_published == 1
     assert audit(tmp_path).passed
@@ -114,8 +114,8 @@ def crash(output_dir: Path, point: str, num_synced: int) -> None:
     assert plan is not None
     ledger = new_ledger(output_dir, plan, f"crash-{point}-{num_synced}")
     shard = plan.shard(0)
-    answered = ledger.open(shard)
-    keys = [key for key in keys_of(plan, shard) if key not in answered]
+    missing = ledger.open(shard)
+    keys = [key for key in keys_of(plan, shard) if key in missing]
     for key in keys:
         ledger.expect(row(key.row_index), [key], shard)
     for number, key in enumerate(keys):
@@ -277,7 +277,7 @@ def test_a_slow_disk_does_not_hold_up_the_answers(tmp_path: Path, monkeypatch: p
     go_on.set()
     syncing.join()
     ledger.close()
-    assert new_ledger(tmp_path, plan, "next").open(plan.shard(0)) == set(keys[:2])
+    assert new_ledger(tmp_path, plan, "next").open(plan.shard(0)) == set(keys[2:])
 
 
 def test_answers_that_the_journal_thread_cannot_write_end_the_run_with_the_folder_named(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_answers_that_the_journal_thread_cannot_write_end_the_run_with_the_folde
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     ledger.close()  # room was made: what is finished goes down after all, behind no torn frame
     resumed = new_ledger(tmp_path, plan, "resumed")
-    assert resumed.open(plan.shard(0)) == set(keys[:3])
+    assert resumed.open(plan.shard(0)) == set(keys[3:])
     resumed.close()
 
 
@@ -329,7 +329,7 @@ def test_an_exception_in_the_middle_of_a_shard_leaves_no_valid_looking_file(tmp_
     with pytest.raises(ZeroDivisionError), contextlib.closing(ledger):
         raise ZeroDivisionError(work(ledger, plan, plan.shard(0), list(keys_of(plan, plan.shard(0)))[:2]))
     assert list((tmp_path / "data").iterdir()) == []
-    assert len(new_ledger(tmp_path, plan, "next").open(plan.shard(0))) == 2
+    assert len(new_ledger(tmp_path, plan, "next").open(plan.shard(0))) == 1
 
 
 def test_a_folder_with_a_shards_name_is_refused_before_its_rows_are_answered(tmp_path: Path) -> None:
@@ -448,3 +448,22 @@ def test_a_shard_says_in_its_footer_what_it_was_made_with(tmp_path: Path) -> Non
     assert (summary.shard, summary.num_rows, summary.num_errors, summary.num_generated_tokens) == (1, 3, 0, 9)
     assert summary.numerics == {"engine": "none"}
     assert read(tmp_path)["run_id"].to_pylist() == [plan.plan_id] * 3
+
+
+def test_rows_that_were_under_way_are_noted_until_an_attempt_ends_in_good_order(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path, 3)
+    ledger = new_ledger(tmp_path, plan)
+    shard = plan.shard(0)
+    keys = sorted(ledger.open(shard))
+    for key in keys:
+        ledger.expect(row(key.row_index), [key], shard)
+    ledger.taken(keys[1])
+    [path] = (tmp_path / "work").glob("*.taken")
+    assert path.read_bytes() == (1).to_bytes(8, "little")
+    ledger.record(answer(keys[1]))
+    ledger.close()
+    assert not list((tmp_path / "work").glob("*.taken"))
+    again = new_ledger(tmp_path, plan, "again")
+    work(again, plan, shard)
+    again.close()
+    assert work_files(tmp_path) == []

@@ -1,0 +1,96 @@
+"""What a start of a worker has to do: which shards lack answers, and what is wanted of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.option import option
+from pipeline.plan import Plan, plan_of_run
+from pipeline.records import Shard, Stage
+from pipeline.tally import Tally
+from pipeline.write.goal import FirstAnswers, Goal
+from pipeline.write.retry import Retry, is_meant, roll_forward
+from pipeline.write.schema import OutputSchema
+from pipeline.write.shard import published_shards
+
+
+@dataclass(kw_only=True, slots=True)
+class RetryOptions:
+    """The words that only `vlm-batch retry` knows."""
+
+    only: list[str] = option(doc="stages, types or stage/type of the errors to ask again; empty = all", factory=list)
+
+
+class Agenda:
+    """Looks at the output folder once.
+
+    Args:
+        only: None for the first answers; else the error records of these stages or types, or all, are asked once more.
+
+    Raises:
+        RunFailed: what an earlier start left half done cannot be finished.
+    """
+
+    def __init__(self, output_dir: Path, plan: Plan, only: Collection[str] | None) -> None:
+        self._output_dir, self._plan, self._only = output_dir, plan, only
+        roll_forward(output_dir / "work", output_dir / "data", plan.plan_id)
+        self._published = published_shards(output_dir / "data", plan.plan_id)
+
+    def shards(self, rank: int, world: int) -> list[Shard]:
+        """A rank's own shards that lack answers, in order."""
+        numbers = range(rank, self._plan.num_shards, world)
+        return [self._plan.shard(number) for number in numbers if self._num_lacking(number)]
+
+    def num_records(self, shards: Iterable[Shard]) -> int:
+        """How many answers they lack, journals aside."""
+        return sum(self._num_lacking(shard.number) for shard in shards)
+
+    def settle(self, tally: Tally) -> None:
+        """Count what is done for good."""
+        for number, summary in self._published.items():
+            if not self._num_lacking(number):
+                tally.resume(summary.num_rows, summary.errors)
+
+    def goal(self, schema: OutputSchema, *, constants: Mapping[str, str | None], compression: str) -> Goal:
+        """What is wanted of each shard. constants: the columns that are the same in every record."""
+        plan = self._plan
+        first = FirstAnswers(
+            self._output_dir,
+            schema,
+            plan_id=plan.plan_id,
+            prompt_names=plan.prompt_names,
+            num_samples=plan.num_samples,
+            constants=constants,
+            compression=compression,
+        )
+        if self._only is None:
+            return first
+        return Retry(first, self._output_dir / "work", only=self._only, published=self._published.values())
+
+    def _num_lacking(self, number: int) -> int:
+        summary = self._published.get(number)
+        if self._only is None:
+            shard = self._plan.shard(number)
+            return 0 if summary else (shard.stop - shard.start) * self._plan.records_per_row
+        errors = summary.errors if summary else {}
+        return sum(times for error, times in errors.items() if is_meant(error, self._only))
+
+
+def refuse_retry(output_dir: Path, only: Collection[str]) -> None:
+    """Refuse what cannot be asked again, before anything heavy is imported.
+
+    Raises:
+        UsageError: there is no run in this folder, or `only` names an error that it does not have.
+    """
+    plan = plan_of_run(output_dir)
+    errors: Counter[str] = Counter()
+    for summary in published_shards(output_dir / "data", plan.plan_id).values():
+        errors.update(summary.errors)
+    known = {*errors, *(name for error in errors for name in error.split("/", 1)), *(str(stage) for stage in Stage)}
+    if unknown := [name for name in only if name not in known]:
+        there = ", ".join(f"{error} ({number})" for error, number in errors.most_common()) or "none"
+        raise UsageError(f"only={unknown}: no such errors in {output_dir}. There are: {there}.")

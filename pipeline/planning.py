@@ -1,0 +1,280 @@
+"""How a folder gets its plan, and what becomes of a start that finds one: it goes on, extends it, or is refused.
+
+plan.json appears by an exclusive create: of two first starts one wins, and the other obeys its plan. The inputs follow
+it and carry the hash that it names, so that whoever finds them missing may scan again and put them there. A later start
+compares its settings with the plan's and reads nothing of the source to do so.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.dataset.base import Inputs
+from pipeline.errors import RunFailed, SettingsChanged, UsageError
+from pipeline.extend import extended_inputs
+from pipeline.overwrite import finish_moving, move_aside
+from pipeline.plan import (
+    LOCATIONS,
+    SOURCE,
+    Plan,
+    Settings,
+    fingerprint,
+    read_inputs,
+    read_plan,
+    source_identity,
+    versions,
+)
+from pipeline.write.crash_point import crash_point
+from pipeline.write.file import alone, create_file, prove_writable, replace_file
+from pipeline.write.goal import PLAN_FILE
+from pipeline.write.schema import SCHEMA_VERSION
+from pipeline.write.shard import published_shards, shard_files
+
+_MAX_ROWS = "dataset.max_rows"
+
+
+class Resume(StrEnum):
+    """What a start does in a folder that was planned with other settings."""
+
+    auto = "auto"  # refuse; with the same settings go on
+    extend = "extend"  # where the input alone has grown, plan what is new behind what is there; else as auto
+    overwrite = "overwrite"  # move the old run aside; with the same settings go on
+
+
+def open_plan(
+    output_dir: Path,
+    settings: Settings,
+    *,
+    scan: Callable[[], Inputs],
+    max_rows: int | None,
+    shard_rows: int,
+    prompt_names: Sequence[str],
+    num_samples: int,
+    resume: Resume = Resume.auto,
+) -> Plan:
+    """The folder's plan if it has these settings, else a new one in a folder without a plan.
+
+    settings: without the source's identity, which is taken from the plan where the source's path is unchanged.
+    resume: what to do with a plan of other settings.
+
+    Raises:
+        SettingsChanged: the folder was planned with other settings; nothing was touched.
+        UsageError: the folder holds shards but no plan, or nothing is asked about a row; nothing was touched.
+        RunFailed: the folder cannot be written.
+    """
+    if min(shard_rows, num_samples, len(prompt_names)) < 1:
+        raise UsageError(
+            f"write.shard_rows={shard_rows}, generation.n={num_samples}, {len(prompt_names)} prompts: each must be at "
+            "least 1."
+        )
+    settings = dict(settings) | {"schema_version": SCHEMA_VERSION}
+    finish_moving(output_dir)
+    inputs: Inputs | None = None
+    if plan := read_plan(output_dir):
+        if resume is Resume.extend:
+            plan = _extended(output_dir, plan, settings, scan, max_rows)
+        try:
+            found = refuse_changes(output_dir, plan, settings, scan, max_rows)
+        except SettingsChanged:
+            if resume is not Resume.overwrite:
+                raise
+            inputs = scan()  # what is wrong with the new settings is found before anything moves
+            move_aside(output_dir, plan.plan_id)
+        else:
+            if not (output_dir / plan.inputs_file).exists():  # the first start was killed between the two files
+                _place_inputs(output_dir, plan, _inputs_content(found or scan()))
+            return plan if found is None else replace(plan, root=found.root)
+    if next(shard_files(output_dir / "data"), None):
+        raise UsageError(
+            f"{output_dir} holds shards but no {PLAN_FILE}. Restore {PLAN_FILE}, or choose another output_dir."
+        )
+    try:
+        prove_writable(output_dir)  # before a scan that may take minutes
+    except OSError as problem:
+        raise _unwritable(output_dir, problem) from problem
+    inputs = inputs or scan()
+    make_folders(output_dir)
+    identity = source_identity(inputs, max_rows)
+    settings |= identity
+    content = _inputs_content(inputs)
+    plan = Plan(
+        plan_id=uuid.uuid4().hex,  # never from a clock: jobs start in the same second
+        fingerprint=fingerprint(settings),
+        settings=settings,
+        num_rows=identity["dataset.num_rows"],
+        extents=(identity["dataset.num_rows"],),
+        shard_rows=shard_rows,
+        prompt_names=tuple(prompt_names),
+        num_samples=num_samples,
+        root=inputs.root,
+        inputs_sha256=hashlib.sha256(content).hexdigest(),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions=versions(),
+    )
+    crash_point("plan_ready")
+    try:
+        won = create_file(output_dir / PLAN_FILE, _plan_content(plan), beside=output_dir / "work")
+    except OSError as problem:
+        raise _unwritable(output_dir, problem) from problem
+    if not won:
+        plan = read_plan(output_dir) or plan  # another first start was quicker: its plan holds
+        refuse_changes(output_dir, plan, settings, lambda: inputs, max_rows)
+        plan = replace(plan, root=inputs.root)
+    crash_point("plan_created")
+    _place_inputs(output_dir, plan, content)
+    crash_point("inputs_placed")
+    return plan
+
+
+def refuse_changes(
+    output_dir: Path, plan: Plan, settings: Settings, scan: Callable[[], Inputs], max_rows: int | None
+) -> Inputs | None:
+    """Compare the settings of a start with the plan's.
+
+    Returns:
+        What a scan found, if the source lies elsewhere than it did for the plan.
+
+    Raises:
+        SettingsChanged: field by field what differs, and the ways out.
+    """
+    now, found = dict(settings), None
+    if now.get(SOURCE) == plan.settings.get(SOURCE) and not _source_is_gone(output_dir, plan):
+        now |= {name: value for name, value in plan.settings.items() if name not in now and name.startswith("dataset.")}
+    else:
+        found = scan()
+        now |= source_identity(found, max_rows)
+    names = sorted(set(now) | set(plan.settings))
+    changed = [name for name in names if now.get(name) != plan.settings.get(name)]
+    if not set(changed) - set(LOCATIONS):
+        return found
+    width = max(map(len, changed))
+    lines = [f"  {name:{width}}  {_difference(plan.settings.get(name), now.get(name))}" for name in changed]
+    ways_out = (
+        "Choose another output_dir for the new settings, or start with the old ones to go on; resume=overwrite moves "
+        "the old answers aside and begins anew, resume=extend takes in what was added to the input."
+    )
+    if not _has_answers(output_dir):
+        ways_out = f"It holds no answer yet: remove the folder {output_dir}, or choose another output_dir."
+    raise SettingsChanged(
+        f"{output_dir} was planned with other settings; answers of two settings would mix:\n"
+        + "\n".join(lines)
+        + f"\n{ways_out} Nothing was changed."
+    )
+
+
+def _extended(
+    output_dir: Path, plan: Plan, settings: Settings, scan: Callable[[], Inputs], max_rows: int | None
+) -> Plan:
+    """The plan with what was added to the source behind what it has; the same plan where that is nothing.
+
+    Raises:
+        SettingsChanged: something else has changed, too.
+        UsageError: what was planned is not there as it was.
+    """
+    may_differ = (*LOCATIONS, _MAX_ROWS)
+    if any(settings[name] != plan.settings.get(name) for name in settings if name not in may_differ):
+        return plan  # refused by the comparison that follows
+    found = scan()
+    with alone(output_dir / "plan" / ".lock"):  # of several starts one extends, and the others obey
+        plan = read_plan(output_dir) or plan
+        inputs = extended_inputs(read_inputs(output_dir, plan), found)
+        identity = source_identity(inputs, max_rows)
+        num_rows = identity["dataset.num_rows"]
+        same_limit = settings.get(_MAX_ROWS) == plan.settings.get(_MAX_ROWS)
+        if num_rows < plan.num_rows or (num_rows == plan.num_rows and same_limit):
+            return plan
+        content = _inputs_content(inputs)
+        plan = replace(
+            plan,
+            settings=dict(plan.settings) | identity | {_MAX_ROWS: settings.get(_MAX_ROWS)},
+            num_rows=num_rows,
+            extents=(*plan.extents, num_rows) if num_rows > plan.num_rows else plan.extents,
+            inputs_file=f"plan/inputs-{len(plan.extents)}.parquet",
+            inputs_sha256=hashlib.sha256(content).hexdigest(),
+        )
+        make_folders(output_dir)
+        replace_file(output_dir / plan.inputs_file, content, beside=output_dir / "work")
+        crash_point("inputs_extended")
+        replace_file(output_dir / PLAN_FILE, _plan_content(plan), beside=output_dir / "work")
+    return plan
+
+
+def _plan_content(plan: Plan) -> bytes:
+    return json.dumps(asdict(plan), indent=1).encode()
+
+
+def make_folders(output_dir: Path) -> None:
+    """Make the output folder and prove that it can be written, before any model loads.
+
+    Raises:
+        RunFailed: it cannot be made or written.
+    """
+    try:
+        for name in ("plan", "data", "work", "stats"):
+            (output_dir / name).mkdir(parents=True, exist_ok=True)
+            prove_writable(output_dir / name)
+    except OSError as problem:
+        raise _unwritable(output_dir, problem) from problem
+
+
+def _has_answers(output_dir: Path) -> bool:
+    journals = (path for path in (output_dir / "work").glob("*.journal") if path.stat().st_size)
+    return next(shard_files(output_dir / "data"), None) is not None or next(journals, None) is not None
+
+
+def _inputs_content(inputs: Inputs) -> bytes:
+    """The bytes of plan/inputs.parquet: the same for the same source, wherever it lies."""
+    columns = base64.b64encode(inputs.columns.serialize().to_pybytes()).decode()
+    header = json.dumps({"revision": inputs.revision, "columns": columns})
+    sink = pa.BufferOutputStream()
+    files = inputs.files.replace_schema_metadata({b"vlm_batch_inputs": header.encode()})
+    pq.write_table(files, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue())
+
+
+def _place_inputs(output_dir: Path, plan: Plan, content: bytes) -> None:
+    """Put plan/inputs.parquet in its place, if it is not there and is the one that the plan names."""
+    path = output_dir / plan.inputs_file
+    if path.exists() or hashlib.sha256(content).hexdigest() != plan.inputs_sha256:
+        return
+    try:
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, content, beside=output_dir / "work")  # who else does this now has the same bytes
+    except OSError as problem:
+        raise _unwritable(output_dir, problem) from problem
+
+
+def _source_is_gone(output_dir: Path, plan: Plan) -> bool:
+    """Whether rows are still to be read from a folder that is not there any more, relative paths and moves included."""
+    if "://" in plan.root or os.path.exists(plan.root):
+        return False
+    return len(published_shards(output_dir / "data", plan.plan_id)) < plan.num_shards
+
+
+def _unwritable(output_dir: Path, problem: OSError) -> RunFailed:
+    return RunFailed(f"output_dir {output_dir} cannot be written: {problem}. Choose a writable folder, or make room.")
+
+
+def _difference(was: Any, now: Any) -> str:
+    """Two values as JSON; long ones from shortly before the first place where they differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in (was, now)]
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    start = max(0, same - 20)
+    if max(map(len, texts)) > 80 and start:
+        texts = ["..." + text[start:] for text in texts]
+    texts = [text if len(text) <= 80 else text[:77] + "..." for text in texts]
+    return "was {}, now {}".format(*texts)

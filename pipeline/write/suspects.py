@@ -1,0 +1,92 @@
+"""Rows that end the whole process: narrowed down by what was under way each time that it died.
+
+    work/part-00042.<attempt>.taken    the rows of a shard that an attempt gave to its engine, in eight bytes each
+
+The file goes when its attempt ends in good order, so one that is still there is of a process that was killed. One
+death says nothing: schedulers kill, too. Rows that were under way at several deaths of one shard are suspects: asked
+last, in a few groups, one group at a time, those with the most deaths first. Whoever kills for other reasons costs no
+more than that. A row that kills leaves a smaller group at each death; one that was alone when its process died becomes
+an error record (after delta debugging, Zeller and Hildebrandt 2002, with deaths that happen anyway as its tests).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import Counter
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROW = struct.Struct("<q")
+_LEAST_DEATHS = 2
+_NUM_GROUPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """Rows that may have ended processes. `groups` are to be asked one after the other; `culprits` were alone at it."""
+
+    groups: tuple[tuple[int, ...], ...] = ()
+    culprits: frozenset[int] = frozenset()
+
+
+NOBODY = Suspects()
+
+
+class Taken:
+    """The rows of one shard that this attempt gives to its engine. Written without fsync: it is for deaths of the
+    process, not of the machine."""
+
+    def __init__(self, work_dir: Path, stem: str, attempt_id: str) -> None:
+        self._path = work_dir / f"{stem}.{attempt_id}.taken"
+        self._file: int | None = None
+        self._rows: set[int] = set()  # noted already
+
+    def add(self, row_index: int, *, alone: bool = False) -> None:
+        """A row is on its way into the engine.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if row_index in self._rows:  # another prompt about it, or a second look at the first samples
+            return
+        if self._file is None:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.write(self._file, _ROW.pack(-1 - row_index if alone else row_index))
+        self._rows.add(row_index)
+
+    def close(self) -> None:
+        """The attempt is done with the shard, in good order."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+            with suppress(OSError):
+                self._path.unlink()
+
+
+def read_suspects(work_dir: Path, stem: str, unanswered: Collection[int]) -> Suspects:
+    """Of the rows without an answer, those that were under way at two deaths of processes or more."""
+    under_way: list[set[int]] = []
+    alone: frozenset[int] = frozenset()
+    for path in taken_files(work_dir, stem):
+        with suppress(OSError):  # its attempt has just ended in good order
+            content = path.read_bytes()
+            rows = [number for (number,) in _ROW.iter_unpack(content[: len(content) // _ROW.size * _ROW.size])]
+            under_way.append({number if number >= 0 else -1 - number for number in rows}.intersection(unanswered))
+            alone |= {-1 - rows[-1]} if rows and rows[-1] < 0 else set()
+    deaths = Counter(row for rows in under_way for row in rows)
+    suspects = {row: number for row, number in deaths.items() if number >= _LEAST_DEATHS}
+    culprits = alone & suspects.keys()
+    groups: list[tuple[int, ...]] = []
+    for most in sorted(set(suspects.values()), reverse=True):
+        alike = sorted(row for row, number in suspects.items() if number == most and row not in culprits)
+        size = -(-len(alike) // _NUM_GROUPS)
+        groups += [tuple(alike[start : start + size]) for start in range(0, len(alike), size or 1)]
+    return Suspects(tuple(groups), culprits)
+
+
+def taken_files(work_dir: Path, stem: str) -> list[Path]:
+    """What attempts at a shard noted, dead ones and live ones."""
+    return sorted(work_dir.glob(f"{stem}.*.taken"))
