@@ -89,7 +89,8 @@ def fingerprint(settings: Settings) -> str:
 def source_identity(inputs: Inputs, max_rows: int | None) -> dict[str, Any]:
     """What makes a source this source: relative paths, sizes and row counts; never dates or where it is mounted."""
     digest = hashlib.sha256()
-    files = inputs.files.select(["path", "size_bytes", "num_rows"]).sort_by("path")  # extensions come out of order
+    rows = pa.TableGroupBy(inputs.files, "path").aggregate([("size_bytes", "max"), ("num_rows", "sum")])
+    files = rows.select(["path", "size_bytes_max", "num_rows_sum"]).sort_by("path")  # extensions come out of order
     for name in files.column_names:
         values = "\0".join(map(str, files[name].to_pylist()))
         digest.update(values.encode("utf-8", "surrogatepass"))

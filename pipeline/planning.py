@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.base import Inputs
+from pipeline.dataset.extend import extended_inputs
 from pipeline.errors import RunFailed, SettingsChanged, UsageError
-from pipeline.extend import extended_inputs
 from pipeline.overwrite import finish_moving, move_aside
 from pipeline.plan import (
     LOCATIONS,
@@ -191,20 +191,21 @@ def _extended(
     found = scan()
     with alone(output_dir / "plan" / ".lock"):  # of several starts one extends, and the others obey
         plan = read_plan(output_dir) or plan
-        inputs = extended_inputs(read_inputs(output_dir, plan), found)
+        inputs = extended_inputs(read_inputs(output_dir, plan), found, bool(settings.get("dataset.id_column")))
         identity = source_identity(inputs, max_rows)
         num_rows = identity["dataset.num_rows"]
         same_limit = settings.get(_MAX_ROWS) == plan.settings.get(_MAX_ROWS)
         if num_rows < plan.num_rows or (num_rows == plan.num_rows and same_limit):
             return plan
         content = _inputs_content(inputs)
+        sha256 = hashlib.sha256(content).hexdigest()
         plan = replace(
             plan,
             settings=dict(plan.settings) | identity | {_MAX_ROWS: settings.get(_MAX_ROWS)},
             num_rows=num_rows,
             extents=(*plan.extents, num_rows) if num_rows > plan.num_rows else plan.extents,
-            inputs_file=f"plan/inputs-{len(plan.extents)}.parquet",
-            inputs_sha256=hashlib.sha256(content).hexdigest(),
+            inputs_file=f"plan/inputs-{sha256[:12]}.parquet",  # the one that the plan names stays until then
+            inputs_sha256=sha256,
         )
         make_folders(output_dir)
         replace_file(output_dir / plan.inputs_file, content, beside=output_dir / "work")

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.agenda import Agenda
-from pipeline.dataset.base import FILES_SCHEMA, Inputs
+from pipeline.dataset.base import Inputs
+from pipeline.dataset.files import files_table
 from pipeline.plan import Plan
 from pipeline.planning import make_folders, open_plan
 from pipeline.records import Answer, Fault, FinishReason, PromptFacts, RecordKey, Row, Shard, Stage
@@ -34,10 +35,7 @@ SETTINGS = {
 def inputs(num_rows: int, *, root: str = "/", columns: pa.Schema = COLUMNS) -> Inputs:
     """One file a row; `root` exists, the files do not."""
     names = [f"{number:05d}.jpg" for number in range(num_rows)]
-    files = [pa.array(names), pa.array([100] * num_rows), pa.array([1] * num_rows), pa.nulls(num_rows)]
-    return Inputs(
-        root, pa.table([c.cast(f.type) for c, f in zip(files, FILES_SCHEMA, strict=True)], FILES_SCHEMA), columns
-    )
+    return Inputs(root, files_table(names, [100] * num_rows, [1] * num_rows), columns)
 
 
 def new_plan(

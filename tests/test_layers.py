@@ -11,7 +11,7 @@ LAYERS = [
     {"records", "option"},
     {"errors", "tally"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
-    {"overwrite", "extend", "preparation"},
+    {"overwrite", "preparation"},
     {"plan"},
     {"planning"},
     {"agenda", "feed", "intake", "config", "status", "audit", "watchdog"},

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pytest
 from small_run import SETTINGS, finished_run, inputs, new_plan, tree
 
-import pipeline.plan
-from pipeline.dataset.base import FILES_SCHEMA, Inputs
+import pipeline.planning
+from pipeline.dataset.base import Inputs
+from pipeline.dataset.files import files_table
 from pipeline.errors import RunFailed, SettingsChanged, UsageError
 from pipeline.plan import Plan, read_inputs, read_plan
 from pipeline.planning import make_folders, open_plan
@@ -245,7 +246,7 @@ def test_a_folder_in_place_of_the_plan_is_named(tmp_path: Path) -> None:
 
 def test_an_output_of_another_version_of_the_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(tmp_path, inputs(6))
-    monkeypatch.setattr(pipeline.plan, "SCHEMA_VERSION", 99)
+    monkeypatch.setattr(pipeline.planning, "SCHEMA_VERSION", 99)
     with pytest.raises(SettingsChanged, match=r"schema_version +was 1, now 99"):
         start(tmp_path, None)
 
@@ -320,8 +321,7 @@ def test_many_rows_are_planned_without_a_python_object_each(tmp_path: Path) -> N
     num_rows = 200_000
     names = pa.array([f"folder{number % 977:03d}/picture {number:07d}.jpg" for number in range(num_rows)])
     sizes = pa.array(range(num_rows), pa.int64())
-    ones = pa.array([1] * num_rows, pa.int64())
-    files = pa.table([names, sizes, ones, pa.nulls(num_rows, FILES_SCHEMA.field("marks").type)], schema=FILES_SCHEMA)
+    files = files_table(names, sizes, [1] * num_rows)
     began = time.monotonic()
     plan = start(tmp_path, Inputs("/", files, inputs(1).columns), shard_rows=1000)
     planned = time.monotonic()

@@ -20,13 +20,17 @@ from pipeline.option import option
 from pipeline.records import Row
 
 # One line per source file or archive, in plan order. `marks` are byte offsets of rows 0, MARK_EVERY, 2 * MARK_EVERY ...
-# for formats that offer no random access of their own (lines, tar members); null elsewhere.
+# for formats that offer no random access of their own (lines, tar members); null elsewhere. `sha256` is of the contents
+# where a scan reads them whole (lines); null elsewhere. A file that grew between two starts has a line for each part:
+# `first_row` is the number of rows of the file that lie in lines before.
 FILES_SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),  # relative to Inputs.root, with forward slashes
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("num_rows", pa.int64(), nullable=False),
         pa.field("marks", pa.list_(pa.int64())),
+        pa.field("sha256", pa.string()),
+        pa.field("first_row", pa.int64(), nullable=False),
     ]
 )
 MARK_EVERY = 128

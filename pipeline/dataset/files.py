@@ -20,7 +20,7 @@ NOT_A_FILE = -1  # the size of what is listed but is no regular file: a FIFO, a 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows start <= row < stop of one file; its row 0 is row `first` of the dataset."""
+    """Rows start <= row < stop of one file; its row r is row `first` + r of the dataset."""
 
     number: int
     path: str
@@ -50,7 +50,7 @@ class Files:
             num_rows = self.table["num_rows"][number].as_py()
             if num_rows:
                 path, size = self.table["path"][number].as_py(), self.table["size_bytes"][number].as_py()
-                first = end - num_rows
+                first = end - num_rows - self.table["first_row"][number].as_py()
                 yield Span(number, path, size, first, start - first, min(stop, end) - first)
             start, number = min(stop, end), number + 1
 
@@ -61,7 +61,11 @@ class Files:
 
 
 def files_table(
-    paths: Sequence[str], sizes: Sequence[int], num_rows: Sequence[int], marks: Sequence[list[int]] | None = None
+    paths: Sequence[str],
+    sizes: Sequence[int],
+    num_rows: Sequence[int],
+    marks: Sequence[list[int]] | None = None,
+    hashes: Sequence[str] | None = None,
 ) -> pa.Table:
     """FILES_SCHEMA, built column by column."""
     types = {field.name: field.type for field in FILES_SCHEMA}
@@ -70,6 +74,8 @@ def files_table(
         pa.array(sizes, types["size_bytes"]),
         pa.array(num_rows, types["num_rows"]),
         pa.nulls(len(paths), types["marks"]) if marks is None else pa.array(marks, types["marks"]),
+        pa.nulls(len(paths), types["sha256"]) if hashes is None else pa.array(hashes, types["sha256"]),
+        pa.repeat(pa.scalar(0, types["first_row"]), len(paths)),
     ]
     return pa.Table.from_arrays(columns, schema=FILES_SCHEMA)
 

@@ -7,9 +7,11 @@ A line that does not parse is a row with a fault; a key that a line lacks is nul
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
@@ -23,6 +25,9 @@ from pipeline.dataset.schema import Seen, conformed
 from pipeline.dataset.table import TableRows, kept_columns, table_rows
 from pipeline.errors import RunFailed, UsageError
 from pipeline.records import Row
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _ID_CHUNK = 65536
 
@@ -42,7 +47,7 @@ class JsonlConfig(DatasetConfig):
         scan = _Scan(self)
         for path, size in zip(listing.paths, listing.sizes, strict=True):
             scan.read(listing.root, path, size)
-        files = files_table(listing.paths, listing.sizes, scan.num_rows, scan.marks)
+        files = files_table(listing.paths, listing.sizes, scan.num_rows, scan.marks, scan.hashes)
         columns, warnings = scan.columns()
         return Inputs(listing.root, files, columns, warnings=(*listing.warnings, *warnings))
 
@@ -58,6 +63,7 @@ class _Scan:
         self.seen: dict[str, Seen] = {}
         self.num_rows: list[int] = []
         self.marks: list[list[int]] = []
+        self.hashes: list[str] = []
         self.num_broken = 0
         self.num_cleaned = 0
         self.has_data_uris = False
@@ -66,7 +72,10 @@ class _Scan:
 
     def read(self, root: str, path: str, size_bytes: int) -> None:
         num_rows, marks, ids = 0, list[int](), list[Any]()
-        with open_file(root, path, size_bytes, UsageError) as handle:
+        with (
+            open_file(root, path, size_bytes, UsageError) as whole,
+            io.BufferedReader(hashed := _Hashed(whole)) as handle,
+        ):
             try:
                 for record in records(handle, path):
                     if num_rows % MARK_EVERY == 0:
@@ -86,6 +95,7 @@ class _Scan:
         self.ids.add(ids)
         self.num_rows.append(num_rows)
         self.marks.append(marks)
+        self.hashes.append(hashed.digest.hexdigest())
 
     def _note(self, values: dict[str, Any] | ValueError, path: str, row: int) -> Any:
         """Learns the types of a row's values; returns its id."""
@@ -118,6 +128,34 @@ class _Scan:
         if self.config.id_column:
             self.ids.check()
         return columns, [*warnings, *left_out]
+
+
+class _Hashed(io.RawIOBase):
+    """A file that is hashed while it is read from its start to its end; what is read twice counts once."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle = handle
+        self._position = self._num_hashed = 0
+        self.digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = self._handle.seek(offset, whence)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        assert self._position <= self._num_hashed, "a part was passed over"
+        content = self._handle.read(len(memoryview(buffer)))
+        memoryview(buffer)[: len(content)] = content
+        self.digest.update(memoryview(content)[self._num_hashed - self._position :])
+        self._position += len(content)
+        self._num_hashed = max(self._num_hashed, self._position)
+        return len(content)
 
 
 class Lines:
