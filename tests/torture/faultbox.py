@@ -37,11 +37,11 @@ NUM_BROKEN = 7  # every so many rows, one whose file is no picture
 KILLED = -signal.SIGKILL
 
 
-def make_pictures(folder: Path, num_rows: int, seed: int = 0) -> None:
+def make_pictures(folder: Path, first: int, last: int, seed: int = 0) -> None:
     """So many files: tiny pictures, some of them alike, and now and then one that is none."""
-    folder.mkdir()
-    rng = np.random.default_rng(seed)
-    for number in range(num_rows):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng([seed, first])
+    for number in range(first, last):
         path = folder / f"{number:05d}.png"
         if number % NUM_BROKEN == NUM_BROKEN - 1:
             path.write_bytes(rng.bytes(number % 40))
@@ -93,7 +93,7 @@ class Box:
         self.folder, self.source, self.output = folder, folder / "pictures", folder / "out"
         self.log = folder / "log"
         self.num_rows, self.shard_rows = num_rows, shard_rows
-        make_pictures(self.source, num_rows, seed)
+        make_pictures(self.source, 0, num_rows, seed)
         self.right = right_records(self.source)
         self.response_column = "response"
         self.environment: dict[str, str] = {}  # what every start has besides
@@ -114,6 +114,14 @@ class Box:
             path.write_bytes(encoded.getvalue())
             image = open_image(ImageRef(path=str(path)), max_image_pixels=100).image
             self.mended[path.name] = right_answer([image], PROMPT)
+        self._outside = self._all_but_output()
+
+    def grow(self, num_rows: int) -> None:
+        """More pictures behind those that are there; what is there fills its shards."""
+        assert self.num_rows % self.shard_rows == 0
+        make_pictures(self.source, self.num_rows, self.num_rows + num_rows)
+        self.num_rows += num_rows
+        self.right = right_records(self.source)
         self._outside = self._all_but_output()
 
     def start(self, *words: str, crash_at: str = "", command: str = "run") -> subprocess.Popen[str]:

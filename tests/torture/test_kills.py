@@ -126,6 +126,24 @@ def test_a_crash_while_a_run_is_moved_aside(point: str, is_done: bool, tmp_path:
     assert not (old.parent / "moving").exists()
 
 
+@pytest.mark.parametrize("is_done", [True, pytest.param(False, marks=pytest.mark.torture)])
+def test_a_crash_while_the_input_is_extended(is_done: bool, tmp_path: Path, found: Found) -> None:
+    """Fault 2: SIGKILL while resume=extend takes in new files: the plan is the old one or the new one."""
+    box = Box(tmp_path / "box", 80, shard_rows=40)
+    if is_done:
+        box.run()
+    else:
+        crash(box, "shard_published", found)
+    answers = {path.name: path.read_bytes() for path in (box.output / "data").iterdir()}
+    box.grow(50)
+    box.words.append("resume=extend")
+    crash(box, "inputs_extended", found)
+    crash(box, "inputs_extended", found)
+    box.finish(found)
+    assert len(list((box.output / "data").iterdir())) == 4
+    assert answers.items() <= {path.name: path.read_bytes() for path in (box.output / "data").iterdir()}.items()
+
+
 RETRY_POINTS = (*OF_RETRY, "claim_taken", "journal_created", "journal_appended", "shard_checked", "shard_settled")
 
 
