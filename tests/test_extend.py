@@ -15,7 +15,7 @@ import pytest
 from small_run import SETTINGS, answer, keys_of, new_ledger, tree
 
 from pipeline.audit import audit
-from pipeline.dataset.base import MARK_EVERY, DatasetConfig
+from pipeline.dataset.base import MARK_EVERY, DatasetConfig, Inputs
 from pipeline.dataset.images import ImagesConfig
 from pipeline.dataset.jsonl import JsonlConfig
 from pipeline.dataset.parquet import ParquetConfig
@@ -290,3 +290,23 @@ def test_of_several_starts_one_extends_and_all_obey(tmp_path: Path) -> None:
     assert len(plans) == 8
     assert {plan.extents for plan in plans} == {(2, 4)}
     assert read_plan(out) == plans[0]
+
+
+def test_a_start_that_was_overtaken_while_it_scanned_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    config = photos(source, "a.jpg")
+    opened(out, config)
+    photos(source, "b.jpg")
+    scan = ImagesConfig.scan
+
+    def slow_scan(self: ImagesConfig) -> Inputs:
+        found = scan(self)
+        monkeypatch.undo()
+        photos(source, "c.jpg")
+        assert opened(out, config).extents == (1, 3)
+        return found
+
+    monkeypatch.setattr(ImagesConfig, "scan", slow_scan)
+    assert opened(out, config).extents == (1, 3)
