@@ -23,7 +23,7 @@ COMMANDS = {
     "retry": "ask the error rows of a finished run once more, all or those of only=[stage or type, ...]",
     "preview": "stream the answers of a few rows to the terminal, or converse over images; writes nothing",
     "status": "how far a run is, from its files alone; watch=true shows it every 5 seconds until it is done",
-    "audit": "prove that every row of the plan has exactly one record",
+    "audit": "prove that every row of the plan has exactly one record; deep=true reads the images again, too",
 }
 _WATCH_SECONDS = 5.0
 _USAGE = """vlm-batch COMMAND [key=value ...] [--config-dir DIR] [--cfg] [--help]
@@ -136,6 +136,10 @@ def _schema(command: str) -> type | None:
         from pipeline.status import StatusOptions
 
         return StatusOptions
+    if command == "audit":
+        from pipeline.audit import AuditOptions
+
+        return AuditOptions
     return None
 
 
@@ -200,7 +204,7 @@ def _audit(call: _Call) -> int:
     from pipeline.audit import audit, audit_lines
 
     output_dir = call.composed().config.output_path
-    found = audit(output_dir)
+    found = audit(output_dir, call.options)
     for line in audit_lines(output_dir, found):
         print(line)
     return 0 if found.passed else 1

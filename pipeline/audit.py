@@ -12,7 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.deep_audit import DeepAudit
 from pipeline.errors import RunFailed
+from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run, read_inputs
 from pipeline.records import Shard
 from pipeline.write.schema import WriteConfig, output_schema
@@ -23,11 +25,22 @@ _KEY = ("row_index", "prompt_name", "sample_index")
 _NEEDED = (*_KEY, "id", "status", "error_stage", "error_type", "num_generated_tokens")
 
 
+@dataclass(kw_only=True, slots=True)
+class AuditOptions:
+    """The words that only `vlm-batch audit` knows."""
+
+    deep: bool = option(
+        False, "read the images again, too: other bytes under an old name, and damage that no page shows"
+    )
+    root: str | None = option(None, "deep=true: folder or URL that the source lies in now; null = where it was")
+
+
 @dataclass(slots=True)
 class Audit:
     """What was found. `problems` is empty exactly when the promise holds."""
 
     num_expected: int
+    num_images: int | None = None  # compared with the source; None where nobody asked
     num_ok: int = 0
     num_errors: int = 0
     problems: list[str] = field(default_factory=list)
@@ -37,8 +50,10 @@ class Audit:
         return not self.problems
 
 
-def audit(output_dir: Path) -> Audit:
+def audit(output_dir: Path, options: AuditOptions | None = None) -> Audit:
     """Compare the records in data/ with the plan, all pages' checksums verified.
+
+    options: None = what AuditOptions() says.
 
     Raises:
         UsageError: there is no run in this folder.
@@ -53,6 +68,10 @@ def audit(output_dir: Path) -> Audit:
         schema = _schema(plan, read_inputs(output_dir, plan).columns)
     except RunFailed as problem:
         found.problems.append(str(problem))
+    options = options or AuditOptions()
+    deep = DeepAudit(output_dir, plan, prefix, options.root) if options.deep and schema is not None else None
+    if deep is not None:
+        found.problems += deep.source()
     ids = _Ids()
     missing = []
     for number in range(plan.num_shards):
@@ -61,9 +80,12 @@ def audit(output_dir: Path) -> Audit:
             missing.append(number)
             continue
         try:
-            _audit_shard(found, plan, plan.shard(number), path, prefix, schema, ids)
+            table = _audit_shard(found, plan, plan.shard(number), path, prefix, schema, ids)
+            if deep is not None and table is not None:
+                found.problems += deep.shard(path, plan.shard(number), table)
         except RunFailed as problem:
             found.problems.append(str(problem))
+    found.num_images = deep.num_images if deep is not None else None
     if missing:
         rows = sum(plan.shard(number).stop - plan.shard(number).start for number in missing)
         found.problems.append(f"{len(missing)} shards ({rows:,} rows) are missing: {_examples(missing)}")
@@ -84,6 +106,8 @@ def audit_lines(output_dir: Path, found: Audit) -> Iterator[str]:
     counted = f"{found.num_ok:,} ok + {found.num_errors:,} errors"
     if found.passed:
         yield f"passed   {output_dir}: {found.num_expected:,} records planned = {counted}; none missing, none doubled"
+        if found.num_images is not None:
+            yield f"deep     {found.num_images:,} images are those that were asked about; footers agree with the rows"
     else:
         yield f"failed   {output_dir}: {found.num_expected:,} records planned, {counted} found in order"
 
@@ -135,15 +159,16 @@ def _schema(plan: Plan, columns: pa.Schema) -> pa.Schema:
 
 def _audit_shard(
     found: Audit, plan: Plan, shard: Shard, path: Path, prefix: str, schema: pa.Schema | None, ids: _Ids
-) -> None:
+) -> pa.Table | None:
+    """Notes what is wrong with a shard; its rows, where they can be looked at further."""
     summary = shard_summary(path)
     if summary is None or summary.plan_id != plan.plan_id:
         found.problems.append(f"{path} does not carry this plan's id; running again replaces it")
-        return
+        return None
     table = read_shard(path)
     if absent := [prefix + name for name in _NEEDED if prefix + name not in table.schema.names]:
         found.problems.append(f"{path}: the columns {absent} are missing")
-        return
+        return None
     if schema is not None and not table.schema.equals(schema):
         found.problems.append(f"{path}: its columns are not those of the plan")
     keys = list(zip(*(table[prefix + name].to_pylist() for name in _KEY), strict=True))
@@ -180,6 +205,7 @@ def _audit_shard(
     found.num_errors += num_errors
     found.num_ok += len(keys) - num_errors
     ids.add(table[prefix + "id"].to_pylist(), table[prefix + "row_index"].to_pylist())
+    return table if schema is not None and table.schema.equals(schema) else None
 
 
 def _examples(values: Sequence[object], separator: str = ", ") -> str:

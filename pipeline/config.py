@@ -16,12 +16,7 @@ from omegaconf import MISSING
 from pipeline.cluster.base import ClusterConfig
 from pipeline.cluster.local import LocalConfig
 from pipeline.dataset.base import DatasetConfig
-from pipeline.dataset.demo import DemoConfig
-from pipeline.dataset.hub import HubConfig
-from pipeline.dataset.images import ImagesConfig
-from pipeline.dataset.jsonl import JsonlConfig
-from pipeline.dataset.parquet import ParquetConfig
-from pipeline.dataset.webdataset import WebdatasetConfig
+from pipeline.dataset.registry import READERS
 from pipeline.errors import UsageError
 from pipeline.option import is_speed_only, option, range_problem
 from pipeline.planning import Resume
@@ -93,10 +88,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance().store
     store(name="run_schema", node=RunConfig)
     choices: dict[str, dict[str, type]] = {
-        "dataset": {
-            option_class.kind: option_class
-            for option_class in (DemoConfig, ImagesConfig, ParquetConfig, JsonlConfig, HubConfig, WebdatasetConfig)
-        },
+        "dataset": dict(READERS),
         "prompt": {"prompt": PromptConfig},
         "vlm": {"vlm": VlmConfig},
         "engine": {

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,16 +122,21 @@ def _write(table: pa.Table, path: Path, compression: str) -> None:
     # Not `with ParquetWriter(...)`: on an exception that writes a valid footer over half the rows.
     with open(path, "xb") as file:
         crash_point("shard_opened")
-        pq.write_table(
-            table,
-            crashing_file(file, "shard_bytes"),
-            compression=compression,
-            write_page_checksum=True,
-            row_group_size=max(1, min(len(table), 10_000)),
-        )
+        write_content(table, crashing_file(file, "shard_bytes"), compression)
         crash_point("shard_written")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_content(table: pa.Table, file: IO[bytes], compression: str) -> None:
+    """A shard's bytes; the same for the same table and pyarrow."""
+    pq.write_table(
+        table,
+        file,
+        compression=compression,
+        write_page_checksum=True,
+        row_group_size=max(1, min(len(table), 10_000)),
+    )
 
 
 def _check(table: pa.Table, path: Path) -> None:

@@ -114,7 +114,7 @@ class Box:
             path.write_bytes(encoded.getvalue())
             image = open_image(ImageRef(path=str(path)), max_image_pixels=100).image
             self.mended[path.name] = right_answer([image], PROMPT)
-        self._outside = self._all_but_output()
+        self.look_again()
 
     def grow(self, num_rows: int) -> None:
         """More pictures behind those that are there; what is there fills its shards."""
@@ -122,6 +122,10 @@ class Box:
         make_pictures(self.source, self.num_rows, self.num_rows + num_rows)
         self.num_rows += num_rows
         self.right = right_records(self.source)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """What lies outside the output folder was changed on purpose."""
         self._outside = self._all_but_output()
 
     def start(self, *words: str, crash_at: str = "", command: str = "run") -> subprocess.Popen[str]:
