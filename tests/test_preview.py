@@ -496,6 +496,7 @@ def test_ctrl_c_ends_a_preview_in_good_order(tmp_path: Path) -> None:
         [sys.executable, "-m", "pipeline", "preview", "generation.ignore_eos=true", "generation.max_new_tokens=1900",
          "rows=[0,1,2,3,4,5,6,7,8]"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     assert process.stdout is not None
     read = b""
