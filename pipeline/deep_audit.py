@@ -70,7 +70,7 @@ class DeepAudit:
     def shard(self, path: Path, shard: Shard, table: pa.Table) -> Iterator[str]:
         """Problems of a shard whose rows were read, page checksums verified."""
         if _statistics(pq.read_metadata(path)) != _statistics(_written_again(table)):
-            yield f"{path} is damaged (statistics in the footer). Delete it and run again: only its rows are asked anew."
+            yield f"{path} is damaged (statistics in its footer). Delete it and run again: only its rows are redone."
         records: dict[int, list[str]] = {}
         columns = (table[self._prefix + name].to_pylist() for name in ("row_index", "image_sha256"))
         for index, hashes in zip(*columns, strict=True):
