@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow torture models check bench bench-long bench-gpu gpu vllm clean
+.PHONY: help setup demo test slow torture coverage models check bench bench-long bench-gpu gpu vllm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,11 +32,15 @@ demo: $(BIN)/vlm-batch  ## the main job on the embedded model and pictures; answ
 test: $(VENV)/.dev  ## all tests that need no GPU (about 10 minutes on two cores)
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, two workers, twenty kills (8 minutes)
-	$(BIN)/python -m pytest -m slow
+slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, two workers, disks, clocks, odd rows (15 minutes)
+	$(BIN)/python -m pytest -m "slow and not torture"
 
-torture: $(VENV)/.dev  ## kills by the hundred, at every named point, in the middle of writes; a table of what was lost (15 minutes)
-	$(BIN)/python -m pytest tests/torture -m "torture or not torture" --timeout 1800
+torture: $(VENV)/.dev  ## kills by the hundred, at every named point, in the middle of writes; a table of what was lost (25 minutes)
+	$(BIN)/python -m pytest tests/torture -m "torture or not torture" --timeout 1800 --faults-page
+
+coverage: $(VENV)/.dev  ## branch coverage of make test's tests, in this process alone; at least 90 % (15 minutes)
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report
 
 models: $(VENV)/.dev  ## every architecture through the whole program (3 minutes), then docs/models.md
 	$(BIN)/python -m pytest tests/models -m "slow or not slow" --deselect tests/models/test_models_page.py

@@ -7,6 +7,7 @@ import logging
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
 from pipeline.errors import ErrorBudgetExceeded, Interrupted, UsageError, VlmBatchError
+from pipeline.preview.terminal import printable
+from pipeline.redaction import redacted
 
 if TYPE_CHECKING:
     from pipeline.compose import Composed
@@ -49,17 +52,34 @@ exit codes: 0 done, 1 failed, 2 wrong usage or settings, 75 interrupted (run the
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Shown("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(words)
     except VlmBatchError as problem:
-        print(f"vlm-batch: {problem}", file=sys.stderr)
+        print(_shown(f"vlm-batch: {problem}"), file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:  # before the run listens to signals
         return Interrupted.exit_code
     except BrokenPipeError:  # vlm-batch status | head
         return 1
+    except Exception:  # a bug, ours or a library's; what its messages quote is no safer than what ours do
+        print(_shown(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
+
+
+class _Shown(logging.Formatter):
+    """Log lines as they may be shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _shown(super().format(record))
+
+
+def _shown(text: str) -> str:
+    """Text of ours that quotes names, rows or libraries: without secrets, and unable to steer a terminal."""
+    return printable(redacted(text))
 
 
 def _main(words: list[str]) -> int:
@@ -168,13 +188,13 @@ def _run(call: _Call) -> int:
         print(f"{done}; no model was loaded.")
         print(f"input    as listed {status.plan.created}; resume=extend takes in what was added since")
     for line in status_lines(output_dir, status):
-        print(line)
+        print(_shown(line))
     for worker in fresh:
         for kind, example in worker["error_examples"].items():
-            print(f"example  {kind}: {example}")
+            print(_shown(f"example  {kind}: {example}").replace("\n", "\\n"))  # a row cannot forge a line
         print(f"speed    {worker['rows_per_second']:.1f} rows/s, {worker['tokens_per_second']:.0f} tokens/s")
         print(f"time     {', '.join(f'{name} {share:.0%}' for name, share in phases(worker).items())}")
-    print(f"data     {output_dir / 'data'}/part-*.parquet")
+    print(_shown(f"data     {output_dir / 'data'}/part-*.parquet"))
     if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):
         print("failed   every row; the examples above say why" if fresh else "failed   every row")
         return 0 if config.max_error_rate is None else ErrorBudgetExceeded.exit_code
@@ -193,7 +213,7 @@ def _status(call: _Call) -> int:
     output_dir = call.composed().config.output_path
     while True:
         status = read_status(output_dir)
-        print("\n".join(status_lines(output_dir, status)), flush=True)
+        print(_shown("\n".join(status_lines(output_dir, status))), flush=True)
         if not call.options.watch or status.complete:
             return 0
         time.sleep(_WATCH_SECONDS)
@@ -206,7 +226,7 @@ def _audit(call: _Call) -> int:
     output_dir = call.composed().config.output_path
     found = audit(output_dir, call.options)
     for line in audit_lines(output_dir, found):
-        print(line)
+        print(_shown(line))
     return 0 if found.passed else 1
 
 

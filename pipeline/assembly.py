@@ -139,6 +139,7 @@ def preparation_options(
         fingerprint=fingerprint,
         max_image_pixels=config.prompt.max_image_pixels,
         allow_urls=config.dataset.allow_urls,
+        keep_images=config.write.keep_images,
         max_new_tokens=config.generation.max_new_tokens,
         max_new_tokens_column=config.generation.max_new_tokens_column,
     )

@@ -28,9 +28,10 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from pipeline.config import RunConfig, check_ranges, register_schemas
+from pipeline.config import RunConfig, check_ranges, refuse_secrets, register_schemas
 from pipeline.errors import UsageError
 from pipeline.option import doc_of
+from pipeline.redaction import redacted
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the configs lie inside the package, in a checkout beside it.
@@ -72,7 +73,8 @@ def compose(words: Sequence[str], *, config_dir: str | None = None, own: Sequenc
                 f"'defaults: [CHOICE_schema, _self_]', where CHOICE is one of {', '.join(choices()[entry.name])}."
             )
     check_ranges(config)
-    return Composed(config, OmegaConf.to_yaml(tree, resolve=True))
+    refuse_secrets(config)
+    return Composed(config, redacted(OmegaConf.to_yaml(tree, resolve=True)))
 
 
 def taken(words: Sequence[str], schema: type[Options]) -> tuple[Options, list[str]]:
@@ -261,7 +263,7 @@ def _docs(tree: DictConfig, prefix: str = "") -> dict[str, str]:
 def _shown(value: Any) -> str:
     if isinstance(value, (DictConfig, ListConfig)):
         value = OmegaConf.to_container(value)
-    return "null" if value is None else str(getattr(value, "name", value))
+    return "null" if value is None else redacted(str(getattr(value, "name", value)))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

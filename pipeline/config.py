@@ -5,6 +5,7 @@ Options stand beside the code that obeys them; this file only gathers them and r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.errors import UsageError
 from pipeline.option import is_speed_only, option, range_problem
 from pipeline.planning import Resume
 from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
+from pipeline.redaction import is_secret_key, secret_parameter, secret_variables, without_credentials
 from pipeline.vlm.options import (
     AutoConfig,
     EngineConfig,
@@ -33,6 +35,8 @@ from pipeline.vlm.options import (
     VlmConfig,
 )
 from pipeline.write.schema import WriteConfig
+
+_ADDRESSES = ("dataset.path", "dataset.root", "vlm.path")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,12 +122,57 @@ def check_ranges(node: Any, prefix: str = "") -> None:
             raise UsageError(f"{prefix}{entry.name}={value}: {problem}.")
 
 
+def refuse_secrets(config: RunConfig) -> None:
+    """Refuse what would put a secret where the output keeps it: settings are written into the plan.
+
+    User and password of dataset.path and dataset.root are no such thing; they are left out where those are written.
+
+    Raises:
+        UsageError: a setting is called like a secret, holds one of the environment's, or an address has one in its
+            parameters, which are part of a file's name.
+    """
+    variables = secret_variables()
+    for key, value in _texts("", config):
+        if any(map(is_secret_key, key.split(".")[2:])):
+            raise UsageError(
+                f"{key}: a secret does not belong into the settings, which are written into the output folder. Set it "
+                "in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY ...) or in the login file of its service."
+            )
+        if key in _ADDRESSES and (name := secret_parameter(value)):
+            raise UsageError(
+                f"{key}: the address has a secret in its parameter {name!r}, and names of files are written into the "
+                "output folder. Give the secret in the environment, as scheme://user:password@host, or copy the files."
+            )
+        said = without_credentials(value) if key in _ADDRESSES else value
+        if held := [name for name, secret in variables.items() if secret in said]:
+            raise UsageError(
+                f"{key} holds the value of {held[0]} from the environment, and settings are written into the output "
+                "folder. Leave it out; if it is no secret, give the variable another name."
+            )
+
+
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text of the configuration by its dotted key, names in dictionaries included."""
+    if is_dataclass(value):
+        value = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            inner = f"{key}.{name}" if key else str(name)
+            yield inner, str(name)
+            yield from _texts(inner, entry)
+    elif isinstance(value, (list, tuple)):
+        for number, entry in enumerate(value):
+            yield from _texts(f"{key}[{number}]", entry)
+    elif isinstance(value, str):
+        yield key, value
+
+
 def answer_settings(config: RunConfig) -> dict[str, Any]:
     """Every option that changes answers, by dotted key, as JSON values: what the fingerprint is made of.
 
     A group's choice is named by its registered kind, never by a Python class. Generation without sampling has no seed.
     """
-    settings = dict(_flat("", config))
+    settings = {name: _as_written(name, value) for name, value in _flat("", config)}
     settings["dataset.kind"] = config.dataset.kind
     settings["generation.kind"] = config.generation.kind
     settings["prompt.chat_template"] = config.prompt.chat_template_text()
@@ -143,6 +192,14 @@ def _flat(prefix: str, node: Any) -> list[tuple[str, Any]]:
         else:
             found.append((f"{prefix}{entry.name}", _plain(value)))
     return found
+
+
+def _as_written(name: str, value: Any) -> Any:
+    """A setting as the plan holds it: user and password of an address change no answer, and are kept nowhere."""
+    if name == "prompt.examples":
+        images = [[without_credentials(path) for path in example["images"]] for example in value]
+        return [example | {"images": paths} for example, paths in zip(value, images, strict=True)]
+    return without_credentials(value) if name in _ADDRESSES and value is not None else value
 
 
 def _plain(value: Any) -> Any:

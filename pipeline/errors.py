@@ -11,12 +11,16 @@ RowFault                  never ends a run: it becomes the error record of one r
 """
 
 from pipeline.records import Stage
+from pipeline.redaction import redacted
 
 
 class VlmBatchError(Exception):
-    """Anything this program reports to its user as a sentence instead of a traceback."""
+    """Anything this program reports to its user as a sentence instead of a traceback; secrets are left out of it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class UsageError(VlmBatchError):
@@ -47,10 +51,11 @@ class RowFault(Exception):
     """One row cannot be answered: `stage` is where, `kind` a short class name, the message says why.
 
     Raised where a row is read, opened, rendered or encoded; caught where rows are iterated; never seen by the user as
-    an exception.
+    an exception. The message is written to the output: secrets are left out of it.
     """
 
     def __init__(self, stage: Stage, kind: str, message: str) -> None:
+        message = redacted(message)
         super().__init__(message)
         self.stage = stage
         self.kind = kind

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from pipeline.dataset.base import Dataset
-from pipeline.errors import RowFault, RunFailed
+from pipeline.errors import RunFailed
 from pipeline.plan import Plan
 from pipeline.preparation import Task
-from pipeline.prompt.image import image_bytes
-from pipeline.records import Fault, ImageRef, RecordKey, Row, Shard, Stage
+from pipeline.records import Fault, RecordKey, Row, Shard, Stage
+from pipeline.redaction import without_credentials
 from pipeline.write.claim import Claims
 from pipeline.write.goal import Goal
 from pipeline.write.ledger import Ledger
@@ -102,10 +102,10 @@ class Feed:
                 yield RecordKey(row_index, name, sample_index)
 
     def _kept(self, row: Row) -> Row:
-        """The row as the output keeps it: with its images as a column, where they are kept."""
+        """The row as the output keeps it: with the images as a column, where they are kept; bytes come with answers."""
         if self._image_column is None:
             return row
-        images = [{"bytes": _bytes(ref), "path": ref.path} for ref in row.images]
+        images = [{"bytes": None, "path": ref.path and without_credentials(ref.path)} for ref in row.images]
         return replace(row, columns={**row.columns, self._image_column: images})
 
     def _take(self, shard: Shard) -> bool:
@@ -120,10 +120,3 @@ class Feed:
         for shard in [shard for shard in self._in_work if not self._ledger.is_open(shard)]:
             self._in_work.remove(shard)
             self._claims.release(shard.name)
-
-
-def _bytes(ref: ImageRef) -> bytes | None:
-    try:
-        return image_bytes(ref)
-    except RowFault:  # the worker that opens the image meets the same fault: it is in the row's error record
-        return None

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ import pyarrow.parquet as pq
 from pipeline.dataset.base import Inputs
 from pipeline.errors import RunFailed, UsageError
 from pipeline.records import Shard
+from pipeline.redaction import with_credentials
 from pipeline.write.goal import PLAN_FILE
+
+log = logging.getLogger(__name__)
 
 # Where something lies says nothing about what it is: source and model are compared by what is in them.
 SOURCE = "dataset.path"
@@ -110,7 +114,7 @@ def read_plan(output_dir: Path) -> Plan | None:
     """
     path = output_dir / PLAN_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as problem:
@@ -136,8 +140,10 @@ def plan_of_run(output_dir: Path) -> Plan:
     return plan
 
 
-def read_inputs(output_dir: Path, plan: Plan) -> Inputs:
+def read_inputs(output_dir: Path, plan: Plan, address: str = "") -> Inputs:
     """The source as the plan recorded it.
+
+    address: of the source as it is given now: its user and password, which the plan has not.
 
     Raises:
         RunFailed: its file is missing or belongs to another plan.
@@ -151,7 +157,8 @@ def read_inputs(output_dir: Path, plan: Plan) -> Inputs:
     files = pq.read_table(path)
     header = json.loads(files.schema.metadata[b"vlm_batch_inputs"])
     columns = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(header["columns"])))
-    return Inputs(plan.root, files.replace_schema_metadata(None), columns, header["revision"])
+    root = with_credentials(plan.root, address)
+    return Inputs(root, files.replace_schema_metadata(None), columns, header["revision"])
 
 
 def versions() -> dict[str, str]:
@@ -163,6 +170,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def changed_versions(plan: Plan) -> dict[str, str]:
+    """The versions of now that are others than when the plan was made; a warning says so."""
+    changed = {name: version for name, version in versions().items() if plan.versions.get(name) != version}
+    if changed:
+        log.warning(
+            "other versions than when the run began: %s; answers may differ in the last bits, and their shards say so",
+            ", ".join(f"{name} {now} (was {plan.versions.get(name, 'unknown')})" for name, now in changed.items()),
+        )
+    return changed
 
 
 def _sha256(path: Path) -> str:

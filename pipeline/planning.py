@@ -38,6 +38,7 @@ from pipeline.plan import (
     source_identity,
     versions,
 )
+from pipeline.redaction import without_credentials
 from pipeline.write.crash_point import crash_point
 from pipeline.write.file import alone, create_file, prove_writable, replace_file
 from pipeline.write.goal import PLAN_FILE
@@ -215,7 +216,7 @@ def _extended(
 
 
 def _plan_content(plan: Plan) -> bytes:
-    return json.dumps(asdict(plan), indent=1).encode()
+    return json.dumps(asdict(plan) | {"root": without_credentials(plan.root)}, indent=1).encode()
 
 
 def make_folders(output_dir: Path) -> None:

@@ -41,6 +41,7 @@ class PreparationOptions:
     allow_urls: bool
     max_new_tokens: int
     max_new_tokens_column: str | None
+    keep_images: bool = False  # their bytes go back with the results
 
 
 class Preparation:
@@ -65,7 +66,11 @@ class Preparation:
         for name in dict.fromkeys(key.prompt_name for key in task.keys):
             keys = [key for key in task.keys if key.prompt_name == name]
             results += self._prepared(row, keys, cap)
-        return results
+        return [self._with_images(result, row) for result in results] if self._options.keep_images else results
+
+    def _with_images(self, result: EncodedSample | Answer, row: Row) -> EncodedSample | Answer:
+        """The bytes that the model is shown, not those that another look at the file might find."""
+        return replace(result, facts=replace(result.facts, image_bytes=tuple(map(self._images.data, row.images))))
 
     def text(self, row: Row, prompt_name: str) -> str:
         """One prompt of a row as the model's chat template renders it.
@@ -147,6 +152,7 @@ class _Images:
     def __init__(self, options: PreparationOptions) -> None:
         self._options = options
         self._opened: dict[ImageRef, OpenedImage | RowFault] = {}
+        self._data: dict[ImageRef, bytes] = {}  # as they were read, where they are kept
         self._decoded: dict[str, OpenedImage] = {}  # by the digests of their bytes: those of the row before
 
     def begin_row(self) -> None:
@@ -154,7 +160,7 @@ class _Images:
         opened = [image for image in self._opened.values() if isinstance(image, OpenedImage)]
         small = sum(image.width * image.height for image in opened) <= _KEPT_PIXELS
         self._decoded = {image.sha256: image for image in opened} if small else {}
-        self._opened = {}
+        self._opened, self._data = {}, {}
 
     def open(self, ref: ImageRef) -> OpenedImage:
         if ref not in self._opened:
@@ -167,8 +173,14 @@ class _Images:
             raise found
         return found
 
+    def data(self, ref: ImageRef) -> bytes | None:
+        """The encoded bytes of an image of the row, whether or not they could be decoded; None if it was not read."""
+        return self._data.get(ref)
+
     def _decode(self, ref: ImageRef) -> OpenedImage:
         data = image_bytes(ref, allow_urls=self._options.allow_urls)
+        if self._options.keep_images:
+            self._data[ref] = data
         known = self._decoded.get(hashlib.sha256(data).hexdigest())
         if known is not None:
             return known

@@ -103,6 +103,7 @@ class PromptFacts:
     image_width: tuple[int, ...] = ()  # of the original image, in pixels
     image_height: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    image_bytes: tuple[bytes | None, ...] = ()  # encoded, of all images of the row, where the output keeps them
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pipeline.feed import Feed
 from pipeline.intake import Intake
 from pipeline.interruption import Interruption
 from pipeline.meter import Meter
-from pipeline.plan import Plan, read_inputs, read_plan
+from pipeline.plan import Plan, changed_versions, read_inputs, read_plan
 from pipeline.planning import Resume, make_folders, open_plan
 from pipeline.prompt.template import Template
 from pipeline.records import Answer
@@ -80,8 +80,9 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
         f"{tally.num_done:,}",
     )
 
+    updated = changed_versions(plan)
     make_folders(output_dir)
-    inputs = read_inputs(output_dir, plan)
+    inputs = read_inputs(output_dir, plan, address=config.dataset.path)
     template, schema = checked(config, inputs)
     meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id)
     attempt_id = f"{rank}-{uuid.uuid4().hex[:12]}"
@@ -96,7 +97,7 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
         output_dir,
         goal,
         attempt_id=attempt_id,
-        numerics=lambda: dict(engine.numerics) if engine else {},
+        numerics=lambda: dict(engine.numerics) | updated if engine else {},
         tally=tally,
         sync_seconds=config.write.sync_seconds,
     )

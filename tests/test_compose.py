@@ -243,7 +243,7 @@ def test_a_faulty_file_of_ones_own_is_an_error_in_a_sentence(
 def test_nothing_in_a_configuration_is_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str
 ) -> None:
-    """It is refused, or it stays the text that it is."""
+    """Fault S-1: what Hydra would call is refused, or it stays the text that it is."""
     monkeypatch.chdir(tmp_path)
     folder = own(tmp_path / "conf", file, text)
     before = sorted(tmp_path.rglob("*"))

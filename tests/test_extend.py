@@ -77,6 +77,7 @@ def ids(output_dir: Path) -> list[str]:
 
 
 def test_new_files_become_new_shards_and_no_old_one_is_touched(tmp_path: Path) -> None:
+    """Fault 28: new files become new shards; what is answered stays as it is, whatever the order of names."""
     source, out = tmp_path / "in", tmp_path / "out"
     config = photos(source, "b.jpg", "d.jpg", "f.jpg", "h.jpg")
     first = opened(out, config, Resume.auto)
@@ -201,6 +202,7 @@ def test_lines_behind_one_of_several_manifests_and_a_new_manifest(tmp_path: Path
 def test_a_manifest_has_grown_if_its_old_rows_read_the_same(
     tmp_path: Path, name: str, old: bytes, new: bytes, numbers: list[Any] | None
 ) -> None:
+    """Fault 28: lines behind a manifest are taken in if its old rows read the same, and refused otherwise."""
     out, path = tmp_path / "out", tmp_path / name
     path.write_bytes(old)
     config = JsonlConfig(path=str(path), image_column=None)
@@ -217,6 +219,7 @@ def test_a_manifest_has_grown_if_its_old_rows_read_the_same(
 
 
 def test_files_that_changed_otherwise_are_named(tmp_path: Path) -> None:
+    """Fault 27, 28: planned files with other contents are named, and the input is not extended."""
     config = photos(tmp_path / "in", *"abcde")
     config.pattern = "*"
     opened(tmp_path / "out", config)
@@ -253,6 +256,7 @@ def test_other_changed_settings_and_columns_are_refused(tmp_path: Path) -> None:
 def test_files_that_are_gone_stay_in_the_plan_unless_their_ids_are_needed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Fault 28: files that were removed are reported; answers about them stay."""
     source, out = tmp_path / "in", tmp_path / "out"
     config = photos(source, "a.jpg", "b.jpg")
     finish(out, opened(out, config), config)

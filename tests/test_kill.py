@@ -41,7 +41,10 @@ def without_run_id(output_dir: Path) -> pa.Table:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_lose_no_row_and_change_no_answer(num_kills: int, vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """Some kills hit the start, most hit the work; readers see whole shards only, at any moment."""
+    """Fault 1: SIGKILL of a real model's run at its start and at work: the result equals that of an unbroken run.
+
+    Readers see whole shards only, at any moment.
+    """
     rng = random.Random(2026)
     output_dir = tmp_path / "killed"
     num_kills_at_work = 0

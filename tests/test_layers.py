@@ -8,7 +8,7 @@ from pathlib import Path
 PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 # From the words of the program up to its command line; a module imports from lower layers, a stage from itself too.
 LAYERS = [
-    {"records", "option"},
+    {"records", "redaction", "option"},
     {"errors", "tally"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
     {"overwrite", "preparation"},

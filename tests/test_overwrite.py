@@ -43,6 +43,7 @@ def finish(output_dir: Path, plan: Plan) -> None:
 
 
 def test_an_old_run_is_whole_in_its_own_folder_and_the_new_one_begins_anew(tmp_path: Path) -> None:
+    """Fault 26: an explicit overwrite moves the old run aside, whole, and begins anew; no answer is mixed."""
     old = finished_run(tmp_path)
     answers = tree(tmp_path / "data")
     with pytest.raises(SettingsChanged, match="resume=overwrite moves"):
@@ -85,6 +86,7 @@ def test_new_settings_that_cannot_work_move_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_journal", [True, False])
 def test_a_worker_of_the_old_plan_publishes_nothing_into_the_new_one(tmp_path: Path, has_journal: bool) -> None:
+    """Fault 14: a worker of another run that is still alive publishes nothing into the new run's folder."""
     old = new_plan(tmp_path)
     late = new_ledger(tmp_path, old, "late")
     keys = list(keys_of(old, old.shard(0)))

@@ -107,6 +107,7 @@ def test_the_way_out_of_changed_settings_says_whether_answers_are_at_stake(tmp_p
 def test_changed_settings_are_refused_field_by_field_and_touch_nothing(
     tmp_path: Path, changed: dict[str, Any], line: str
 ) -> None:
+    """Fault 26: prompt, generation, model or revision changed: refused field by field, and nothing is touched."""
     finished_run(tmp_path)
     before = tree(tmp_path)
     with pytest.raises(SettingsChanged) as refusal:
@@ -117,6 +118,7 @@ def test_changed_settings_are_refused_field_by_field_and_touch_nothing(
 
 
 def test_a_difference_at_the_end_of_a_long_prompt_is_shown(tmp_path: Path) -> None:
+    """Fault 26: a difference at the end of a long prompt is shown."""
     start(tmp_path, inputs(1), prompt__user="word " * 100 + "Answer in German.")
     with pytest.raises(SettingsChanged, match=r'Answer in German\.", now "?\.\.\..*Answer in French\.'):
         start(tmp_path, None, prompt__user="word " * 100 + "Answer in French.")
@@ -136,6 +138,7 @@ def test_a_source_that_moved_is_read_where_it_lies_now(tmp_path: Path) -> None:
 
 
 def test_another_source_is_refused(tmp_path: Path) -> None:
+    """Fault 26, 28: a source with other rows is refused, and nothing is touched."""
     start(tmp_path, inputs(6))
     before = tree(tmp_path)
     with pytest.raises(SettingsChanged, match=r"dataset\.num_rows +was 6, now 7"):
@@ -166,7 +169,7 @@ def first_start(output_dir: Path, num_rows: int, barrier: Any, results: Any) -> 
 
 @pytest.mark.parametrize("sizes", [(6, 6, 6), (6, 7, 6)], ids=["same job", "different jobs"])
 def test_of_several_first_starts_one_plan_holds(tmp_path: Path, sizes: tuple[int, ...]) -> None:
-    """All go by it whose job it is; who has another is refused, and harms nothing that the winner wrote."""
+    """Fault 14: first starts of one job or of two at once: one plan holds, another job is refused and harms nothing."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results, barrier = manager.list(), context.Barrier(len(sizes))
@@ -223,6 +226,7 @@ def test_a_changed_source_does_not_fill_in_for_missing_inputs(tmp_path: Path) ->
 
 
 def test_shards_without_a_plan_are_refused(tmp_path: Path) -> None:
+    """Fault 23: shards whose plan is gone are refused, and nothing is touched."""
     finished_run(tmp_path)
     (tmp_path / "plan.json").unlink()
     before = tree(tmp_path)
@@ -245,6 +249,7 @@ def test_a_folder_in_place_of_the_plan_is_named(tmp_path: Path) -> None:
 
 
 def test_an_output_of_another_version_of_the_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 30: an output of another version of the schema is refused with the difference."""
     start(tmp_path, inputs(6))
     monkeypatch.setattr(pipeline.planning, "SCHEMA_VERSION", 99)
     with pytest.raises(SettingsChanged, match=r"schema_version +was 1, now 99"):
@@ -269,6 +274,7 @@ def test_a_plan_that_asks_nothing_is_refused(tmp_path: Path, wrong: dict[str, An
 
 
 def test_an_output_dir_that_is_a_file_is_named_before_the_scan(tmp_path: Path) -> None:
+    """Fault 19: an output folder that is a file, or below one, is named before the source is scanned."""
     (tmp_path / "file").write_text("x")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunFailed, match="cannot be written"):
@@ -277,18 +283,22 @@ def test_an_output_dir_that_is_a_file_is_named_before_the_scan(tmp_path: Path) -
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_dir_without_permission_is_named_before_the_scan(tmp_path: Path) -> None:
+    """Fault 19: an output folder without permission is named before the source is scanned."""
     tmp_path.chmod(0o500)
     with pytest.raises(RunFailed, match="cannot be written"):
         start(tmp_path, None)
 
 
 def test_a_sub_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """Fault 19: a file in the place of data/ is named."""
     (tmp_path / "data").write_text("x")
     with pytest.raises(RunFailed, match="data"):
         make_folders(tmp_path)
 
 
 def test_a_file_system_without_hard_links_takes_a_plan_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 20: a file system without hard links takes a plan, too."""
+
     def link(source: Any, target: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -298,6 +308,8 @@ def test_a_file_system_without_hard_links_takes_a_plan_too(tmp_path: Path, monke
 
 
 def test_a_full_disk_leaves_no_half_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 18: a full disk leaves no half plan, and with room the next start makes it."""
+
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -318,6 +330,7 @@ def test_plan_json_is_small_and_carries_what_a_reader_needs(tmp_path: Path) -> N
 
 
 def test_many_rows_are_planned_without_a_python_object_each(tmp_path: Path) -> None:
+    """Fault 24: many rows are planned without a Python object for each."""
     num_rows = 200_000
     names = pa.array([f"folder{number % 977:03d}/picture {number:07d}.jpg" for number in range(num_rows)])
     sizes = pa.array(range(num_rows), pa.int64())
@@ -331,6 +344,7 @@ def test_many_rows_are_planned_without_a_python_object_each(tmp_path: Path) -> N
 
 
 def test_a_finished_run_of_a_thousand_shards_is_recognised_without_torch_model_or_source(tmp_path: Path) -> None:
+    """Fault 24: a finished run of a thousand shards is recognised by footers alone: no source, model or torch."""
     source = tmp_path / "source"
     source.mkdir()
     for number in range(1000):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -11,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import CHECKOUT
 from small_run import FAULT, answer, finished_run, keys_of, new_ledger, new_plan, row, tree, work
 
 from pipeline.errors import RunFailed, UsageError
 from pipeline.manifest import write_manifest
 from pipeline.status import read_status, status_lines
+from pipeline.write.crash_point import VARIABLE
 from pipeline.write.journal import Journal, JournalHeader
 
 
@@ -134,6 +138,54 @@ def test_an_unfinished_run_has_no_manifest_and_keeps_its_journals(tmp_path: Path
     ledger.close()
     before = tree(tmp_path)
     assert write_manifest(tmp_path, read_status(tmp_path)) is False
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(("point", "is_there"), [("manifest_ready", False), ("manifest_written", True)])
+def test_a_kill_while_the_manifest_is_written(point: str, is_there: bool, tmp_path: Path) -> None:
+    """Fault 5: killed while it writes the manifest: that is absent or whole, and a further start completes it."""
+    finished_run(tmp_path)
+    answers = tree(tmp_path / "data")
+    script = f"""
+from pathlib import Path
+from pipeline.manifest import write_manifest
+from pipeline.status import read_status
+write_manifest(Path({str(tmp_path)!r}), read_status(Path({str(tmp_path)!r})))
+"""
+    environment = os.environ | {VARIABLE: point}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, cwd=CHECKOUT, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "manifest.json").exists() == is_there
+    if is_there:
+        assert json.loads((tmp_path / "manifest.json").read_text())["num_rows"] == 6
+    assert write_manifest(tmp_path, read_status(tmp_path)) is True
+    assert json.loads((tmp_path / "manifest.json").read_text())["num_rows"] == 6
+    assert not (tmp_path / "work").exists()
+    assert tree(tmp_path / "data") == answers
+
+
+def test_whoever_only_looks_may_be_killed_at_any_moment(tmp_path: Path) -> None:
+    """Fault 5: status and audit, killed at any moment, leave the folder of a run as it was."""
+    plan = new_plan(tmp_path, 6)
+    ledger = new_ledger(tmp_path, plan)
+    work(ledger, plan, plan.shard(0))
+    work(ledger, plan, plan.shard(1), list(keys_of(plan, plan.shard(1)))[:1])
+    ledger.close()
+    before = tree(tmp_path)
+    words = [sys.executable, "-m", "pipeline"]
+    with subprocess.Popen(
+        [*words, "status", "watch=true", f"output_dir={tmp_path}"], cwd=CHECKOUT, stdout=subprocess.PIPE
+    ) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline().startswith(b"folder")
+        watching.kill()
+    rng = random.Random(5)
+    for _ in range(3):
+        with subprocess.Popen(
+            [*words, "audit", f"output_dir={tmp_path}"], cwd=CHECKOUT, stdout=subprocess.DEVNULL
+        ) as looking:
+            time.sleep(rng.uniform(0.2, 0.8))
+            looking.kill()
     assert tree(tmp_path) == before
 
 

@@ -69,7 +69,7 @@ def test_the_result_loads_where_people_load_it(vlm_batch: CommandLine, tmp_path:
 def test_a_folder_with_a_broken_image_gives_its_neighbours_the_same_answers(
     vlm_batch: CommandLine, tmp_path: Path
 ) -> None:
-    """One corrupt file is one error row that names its stage; nobody else notices."""
+    """Fault 38: one corrupt file beside good ones, with a real model: one error row, and nobody else notices."""
     pictures = tmp_path / "pictures"
     (pictures / "deep").mkdir(parents=True)
     for number in range(6):
@@ -105,7 +105,7 @@ def test_several_prompts_about_one_image_stand_beside_each_other(vlm_batch: Comm
     "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT]
 )
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """Exit code 75, even if the signal comes twice; the same command goes on and no answer is asked for again."""
+    """Fault 7: exit code 75, even if the signal comes twice; the next start goes on and asks for no answer again."""
     job = ["run", "engine.max_batch_rows=2", "dataset.max_rows=300", "write.sync_seconds=0.2", "output_dir=answers"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", *job],
@@ -143,7 +143,7 @@ def listens(pid: int) -> bool:
 
 @pytest.mark.parametrize("seconds", [0.1, 1.5, 3.0])
 def test_a_signal_before_the_first_answer_asks_for_another_start(seconds: float, tmp_path: Path) -> None:
-    """Sent to the whole process group, as a terminal and Slurm do, while models and libraries load: exit code 75."""
+    """Fault 7: sent to the whole process group while models and libraries load, as a terminal and Slurm do: code 75."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", "output_dir=answers"],
         cwd=tmp_path,
@@ -164,7 +164,7 @@ def test_a_signal_before_the_first_answer_asks_for_another_start(seconds: float,
 
 
 def test_a_run_in_which_every_row_failed_is_a_failed_run(vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """However few they are: who starts it from a script learns of it. The records are there all the same."""
+    """Fault 37: few rows that all fail: exit code 1, and the records are there all the same."""
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"not a picture")
     job = ["run", "dataset=images", "dataset.path=pictures", "prompt=describe", "output_dir=answers"]
@@ -174,7 +174,7 @@ def test_a_run_in_which_every_row_failed_is_a_failed_run(vlm_batch: CommandLine,
 
 
 def test_a_run_that_is_broken_as_a_whole_stops_and_says_why(vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """Over the error budget: exit code 1 and the commonest error; a raised budget goes on to the end."""
+    """Fault 37: over the error budget: exit code 1 and the commonest error; a raised budget goes on."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(300):
@@ -216,7 +216,7 @@ def test_what_is_wrong_is_said_before_a_model_loads(vlm_batch: CommandLine, tmp_
 def test_an_output_folder_that_cannot_be_written_is_found_before_a_model_loads(
     vlm_batch: CommandLine, tmp_path: Path
 ) -> None:
-    """A file where the folder should be (root may write everywhere, so permissions prove nothing here)."""
+    """Fault 19: a file where the output folder should be is named before a model loads, and stays as it is."""
     (tmp_path / "taken").write_text("mine")
     done = vlm_batch("run", "output_dir=taken", code=1)
     assert "taken" in done.stderr and "Traceback" not in done.stderr
@@ -224,7 +224,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_a_model_loads(
 
 
 def test_changed_settings_are_refused_with_a_difference(vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """What changes answers may not change within a folder; what changes only speed may."""
+    """Fault 26: what changes answers may not change within a folder; what changes only speed may."""
     vlm_batch("run", "dataset.max_rows=10", "output_dir=answers")
     before = {path: path.read_bytes() for path in (tmp_path / "answers").rglob("*") if path.is_file()}
     done = vlm_batch("run", "dataset.max_rows=10", "output_dir=answers", "prompt.system=Be brief.", code=2)

@@ -27,7 +27,7 @@ def num_answered(output_dir: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_two_workers_share_the_shards_and_do_none_twice(vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """Both end with exit code 0 when all is done, whoever did it."""
+    """Fault 12: two workers share the shards; both end with exit code 0 when all is done, whoever did it."""
     both = [start(tmp_path), start(tmp_path)]
     for process in both:
         _, said = process.communicate(timeout=200)
@@ -40,7 +40,7 @@ def test_two_workers_share_the_shards_and_do_none_twice(vlm_batch: CommandLine, 
 
 @pytest.mark.slow
 def test_the_shards_of_a_killed_worker_are_taken_over_at_once(vlm_batch: CommandLine, tmp_path: Path) -> None:
-    """The claim of a process that is gone holds nobody up, and its journal is not asked for again."""
+    """Fault 12, 13: the claim of a killed worker holds nobody up, and its journal is not asked for again."""
     killed = start(tmp_path)
     wait_for_journal(tmp_path / "shared", killed)
     other = start(tmp_path)

@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 from pipeline.dataset.files import is_local, joined, local_path
 from pipeline.errors import RowFault, UsageError
 from pipeline.records import ImageRef, Stage
+from pipeline.redaction import redacted
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|(?:file|ftp|javascript|pipe):|.*::", re.IGNORECASE | re.DOTALL)
 _MAX_PATH = 4096
@@ -147,6 +148,7 @@ def _remote_path_of(text: str, origin: Origin) -> str:
 
 
 def _short(text: str) -> str:
+    text = redacted(text[:_MAX_PATH])  # before it is shortened further: half a secret is not known for one
     return text if len(text) <= 80 else text[:77] + "..."
 
 

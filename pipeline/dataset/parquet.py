@@ -26,6 +26,7 @@ from pipeline.records import Row
 _BATCH_ROWS = 32  # encoded pictures in memory at a time; part of no result
 _BUFFER_BYTES = 1 << 20  # column chunks are streamed through this, not loaded whole
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 1000  # a row group that claims more than both is not unpacked
+_BATCH_BYTES = 1 << 26  # what a batch may have when each of its rows holds the largest value of a dictionary
 _NUM_THREADS = 8  # footers are small and, on an object store, far away
 
 
@@ -187,10 +188,29 @@ def _batches(
     chunks = file.metadata.row_group(group)
     for number in range(chunks.num_columns):
         chunk = chunks.column(number)
+        if chunk.path_in_schema.split(".")[0] not in columns:
+            continue
         claimed, stored = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
-        if chunk.path_in_schema.split(".")[0] in columns and claimed > max(_BOMB_BYTES, _BOMB_RATIO * stored):
+        value = _largest_value(chunk)
+        in_lists = file.schema.column(number).max_repetition_level > 0
+        if in_lists and value > _BATCH_BYTES >> 4 and claimed > _BOMB_RATIO // 10 * stored:
+            claimed = max(claimed, value * chunk.num_values)  # one row may hold it so often
+        if claimed > max(_BOMB_BYTES, _BOMB_RATIO * stored):
             raise pa.ArrowInvalid(f"column {chunk.path_in_schema} claims {claimed} bytes in {stored}")
+        num_rows = max(1, min(num_rows, _BATCH_BYTES // max(value, 1)))
     yield from file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _largest_value(chunk: Any) -> int:
+    """What a value of a dictionary may have in bytes at most: rows that repeat it cost nothing in the file.
+
+    The dictionary is what the chunk has unpacked besides its data pages, which have at least what is stored of them.
+    """
+    if not chunk.has_dictionary_page:
+        return 0
+    stored_dictionary = chunk.data_page_offset - (chunk.dictionary_page_offset or 0)
+    stored_pages = chunk.total_compressed_size - stored_dictionary
+    return int(chunk.total_uncompressed_size - max(stored_pages, 0))
 
 
 def _common_schema(config: DatasetConfig, paths: list[str], schemas: list[pa.Schema]) -> tuple[pa.Schema, list[str]]:

@@ -22,6 +22,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from pipeline.errors import RowFault
 from pipeline.records import Stage
+from pipeline.redaction import redacted
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -118,8 +119,9 @@ def _checked(url: str) -> tuple[SplitResult, str, int]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError as problem:
-        raise _fault("UrlsNotSupported", f"{url[:100]!r} is no URL: {problem}") from None
+    except ValueError:  # its message quotes what it took for the port, which may be a password with a slash in it
+        said = "expected http:// or https://, a host, and perhaps a port"
+        raise _fault("UrlsNotSupported", f"{redacted(url)[:100]!r} is no URL: {said}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise _fault("UrlsNotSupported", f"{shown(url)}: expected http:// or https:// and a host")
     if parts.username is not None or parts.password is not None:

@@ -12,44 +12,40 @@ import hashlib
 import os
 import re
 import stat
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import (  # noqa: F401  # see FORMATS
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from pipeline.errors import RowFault
 from pipeline.prompt.fetch import FetchLimits, fetch, shown
 from pipeline.prompt.pixels import num_frames, orientation, to_rgb, upright
 from pipeline.records import ImageRef, Stage
 
+# Their plugins are imported above, and not by Pillow at the first file of a kind: by then a worker's memory is limited,
+# and a library that could not be loaded once counts as not installed for as long as the worker lives.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # MPO, a JPEG of several, opens as JPEG
 MAX_ENCODED_BYTES = 1 << 30
 MAX_WARNINGS = 8  # of one image
 # Where an address in a row may lead without dataset.allow_urls: stores that a dataset can live in.
 STORES = frozenset(("abfs", "abfss", "adl", "az", "gcs", "gs", "hdfs", "hf", "memory", "oci", "oss", "r2", "s3", "s3a"))
-# All that Pillow was seen to raise on hostile files, and what its plugins can raise on values they did not expect.
-PILLOW_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
+# Else a thread for each core of the host, and with their stacks more than the memory that a worker may take.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +84,7 @@ def decode_image(ref: ImageRef, data: bytes, *, max_image_pixels: int) -> Opened
             image, notes = _decoded(data)
     except UnidentifiedImageError:
         message = f"{name}: not readable as {', '.join(FORMATS)}; {len(data)} bytes, starting with {data[:12]!r}"
+        message += "".join(f"; {_text(entry.message)}" for entry in said[:1])  # a Pillow without AVIF says so here
         raise RowFault(Stage.DECODE, "UnidentifiedImageError", message) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         declared = re.search(r"\d+", str(error))
@@ -95,8 +92,11 @@ def decode_image(ref: ImageRef, data: bytes, *, max_image_pixels: int) -> Opened
             f"{name}: {declared[0] if declared else 'too many'} pixels, prompt.max_image_pixels={max_image_pixels}"
         )
         raise RowFault(Stage.DECODE, "DecompressionBombError", message) from None
-    except PILLOW_ERRORS as error:
-        raise RowFault(Stage.DECODE, type(error).__name__, f"{name}: {_text(error)}") from None
+    except MemoryError:
+        message = f"{name}: decoding it takes more memory than engine.worker_memory_bytes allows"
+        raise RowFault(Stage.DECODE, "MemoryError", message) from None
+    except Exception as error:  # its decoders raise what they like: AVIF's a RuntimeError, PNG's a SyntaxError
+        raise RowFault(Stage.DECODE, type(error).__name__, f"{name}: cannot be decoded: {_text(error)}") from None
     heard = dict.fromkeys(_text(entry.message) for entry in said)
     return OpenedImage(
         image=image,
@@ -141,8 +141,12 @@ def _file_bytes(path: str) -> bytes:
     _require_file(os.stat(path), path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as stream:
-        _require_file(os.fstat(descriptor), path)
-        return _bounded(stream.read(MAX_ENCODED_BYTES + 1), path)
+        status = os.fstat(descriptor)
+        _require_file(status, path)
+        data = stream.read(status.st_size)  # not the limit: what is asked for is allocated at once
+        while len(data) <= MAX_ENCODED_BYTES and (more := stream.read(1 << 20)):  # it grows while it is read
+            data += more
+        return _bounded(data, path)
 
 
 def _store_bytes(path: str) -> bytes:
@@ -173,13 +177,13 @@ def _decoded(data: bytes) -> tuple[Image.Image, list[str]]:
         source.load()
         try:
             turn = orientation(source)
-        except PILLOW_ERRORS as error:
+        except Exception as error:
             turn = 1
             notes.append(f"EXIF ignored: {_text(error)}")
         image = upright(to_rgb(source, notes), turn)
         try:
             frames = num_frames(source)
-        except PILLOW_ERRORS:  # a broken later frame is no fault of the first
+        except Exception:  # a broken later frame is no fault of the first
             frames = "several"
     if frames != "1":
         notes.append(f"first of {frames} frames")

@@ -101,8 +101,11 @@ class PromptConfig:
         """
         if self.chat_template is None:
             return None
+        path = Path(self.chat_template).expanduser()
         try:
-            return Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            if path.exists() and not path.is_file():  # a device has no end, a pipe perhaps no beginning
+                raise OSError("it is no regular file")
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise UsageError(
                 f"prompt.chat_template={self.chat_template}: expected a text file with a Jinja template ({problem})"

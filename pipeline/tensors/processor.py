@@ -112,8 +112,10 @@ class Processor:
             if call and self._compact and not self._compact.fits(call, batch):
                 batch = self._call(text, images)
                 call = self._memo.last
-        except ROW_ERRORS as problem:
-            raise RowFault(Stage.ENCODE, type(problem).__name__, str(problem) or "no message") from problem
+        except (RowFault, VlmBatchError):
+            raise
+        except Exception as problem:  # code that came with the model may raise classes of its own
+            raise RowFault(Stage.ENCODE, type(problem).__name__, str(problem)[:1000] or "no message") from problem
         if len(images) > 1 and not self._sees_all(text, images, batch["input_ids"].shape[-1]):
             message = f"the row has {len(images)} images, and this model takes one image in a prompt"
             raise RowFault(Stage.ENCODE, "ImageCount", message)

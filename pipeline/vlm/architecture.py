@@ -52,7 +52,20 @@ def model_config(options: VlmConfig, identity: ModelIdentity) -> Any:
             f"{identity.config.get('architectures')}) is no image-text-to-text model of transformers. Expected one "
             "that takes images and answers in text, such as SmolVLM, Qwen2.5-VL or LLaVA."
         )
+    _refuse_kernels(options, config)
     return config
+
+
+def _refuse_kernels(options: VlmConfig, config: Any) -> None:
+    """Refuse an attention kernel of a hub repository: making the model would fetch and run it (CVE-2026-4372)."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        name = getattr(part, "_attn_implementation", None)
+        if isinstance(name, str) and "/" in name:
+            raise UsageError(
+                f"vlm.path={options.path}: config.json asks for the attention kernel {name!r}, which is code from "
+                "elsewhere. Remove attn_implementation from config.json; vlm.attn_implementation chooses one."
+            )
 
 
 def model_class(options: VlmConfig, identity: ModelIdentity, config: Any) -> Any:

@@ -22,6 +22,8 @@ from pathlib import Path
 from pipeline.write.crash_point import crash_point
 
 LEASE_SECONDS = 60.0
+_TRIES = 20  # to take a claim while one after the other clears work/ away
+_MOST_BYTES = 4096  # of a claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +69,35 @@ class Claims:
         Raises:
             OSError: the folder cannot be written.
         """
+        with self._lock:
+            for tries_left in reversed(range(_TRIES)):
+                try:
+                    return self._take(shard_name)
+                except FileNotFoundError:  # whoever has just finished the run cleared work/ away under our hands
+                    if not tries_left:
+                        raise
+        raise AssertionError("unreachable")
+
+    def _take(self, shard_name: str) -> bool:
         path = self._path(shard_name)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         content = json.dumps({"owner": self._own.owner, "host": self._own.host, "pid": self._own.pid})
-        with self._lock:
-            self._work_dir.mkdir(exist_ok=True)  # whoever finishes a run removes it
-            temporary.write_text(content, encoding="utf-8")
+        self._work_dir.mkdir(exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        try:
             try:
-                try:
-                    os.link(temporary, path)
-                except OSError:  # somebody has it, or there are no hard links here
-                    if path.exists() and not self._may_take_over(path, now=temporary.stat().st_mtime):
-                        return False
-                    os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            taken = _read(path) == self._own  # of two that take over, the last one has it
-            if taken:
-                self._held.add(shard_name)
-                crash_point("claim_taken")
-            return taken
+                os.link(temporary, path)
+            except OSError:  # somebody has it, or there are no hard links here
+                if path.exists() and not self._may_take_over(path, now=temporary.stat().st_mtime):
+                    return False
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        taken = _read(path) == self._own  # of two that take over, the last one has it
+        if taken:
+            self._held.add(shard_name)
+            crash_point("claim_taken")
+        return taken
 
     def release(self, shard_name: str) -> None:
         """Give a shard up, done or not. What somebody took over meanwhile stays theirs."""
@@ -129,9 +140,14 @@ class Claims:
 
 def _read(path: Path) -> Claim:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would never answer
+        try:
+            content = json.loads(os.read(descriptor, _MOST_BYTES))
+        finally:
+            os.close(descriptor)
         return Claim(str(content["owner"]), str(content["host"]), int(content["pid"]))
-    except (OSError, ValueError, KeyError, TypeError):  # gone, torn, or not ours: the lease decides
+    # Gone, torn, or not ours, with whatever is in it: the lease decides.
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return Claim()
 
 

@@ -38,14 +38,17 @@ def _single(row: dict[str, Any], schema: OutputSchema, unfit: Counter[str]) -> p
             fault = Fault(Stage.WRITE, type(problem).__name__, _printable(str(problem)))
             unfit[f"{fault.stage}/{fault.kind}"] += 1
         key = RecordKey(row["row_index"], row["prompt_name"], row["sample_index"])
-        bare = journal_row(Answer(key, cleaned["id"], fault=fault), {}, schema.inputs, row["attempt"])
+        bare = journal_row(Answer(key, cleaned["id"], fault=fault), {}, schema, row["attempt"])
         return pa.RecordBatch.from_pylist([bare], schema.journal)
 
 
 def _printable(value: Any) -> Any:
-    """The value with every lone surrogate in its texts replaced, which no encoding of Unicode can hold."""
+    """The value with every lone surrogate in its texts replaced, which no encoding of Unicode can hold.
+
+    Two halves of one character find each other again; a lone half becomes U+FFFD, as in prompts.
+    """
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):
         return [_printable(part) for part in value]
     if isinstance(value, dict):

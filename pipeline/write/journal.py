@@ -13,6 +13,7 @@ behind a torn frame would be lost with it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import struct
 import zlib
@@ -23,6 +24,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.write.crash_point import crash_point, crashing_file
+from pipeline.write.file import sync_directory
+
+log = logging.getLogger(__name__)
 
 _MAGIC = b"vlmbatchj1\n"
 _FRAME = struct.Struct("<II")  # payload length in bytes, crc32 of the payload
@@ -51,6 +55,7 @@ class Journal:
         self._file = crashing_file(file, "journal_bytes")
         try:
             self._write(_MAGIC + _frame(json.dumps(asdict(header)).encode()))
+            sync_directory(path.parent)  # a file that the disk has is lost with a name that it has not
             crash_point("journal_created")
         except OSError:
             self._file.close()
@@ -109,10 +114,17 @@ def _frame(payload: bytes) -> bytes:
 
 def _frames(path: Path) -> Iterator[bytes]:
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the with below
-    except FileNotFoundError:  # published and removed by another worker between listing and opening
+        yield from _whole_frames(path)
+    except FileNotFoundError:  # published and removed by another worker meanwhile
         return
-    with file:
+    except OSError as problem:  # as a torn tail: what cannot be read is asked for again, and nothing is lost
+        log.warning("%s cannot be read: %s; answers that stand behind that place count as missing", path, problem)
+
+
+def _whole_frames(path: Path) -> Iterator[bytes]:
+    if not path.is_file():  # gone, or a FIFO, whose opening would wait for ever
+        return
+    with open(path, "rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             return
         left = os.fstat(file.fileno()).st_size - len(_MAGIC)

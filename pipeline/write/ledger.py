@@ -29,6 +29,7 @@ from pipeline.records import Answer, RecordKey, Row, Shard
 from pipeline.tally import Tally
 from pipeline.write.columns import journal_batch
 from pipeline.write.crash_point import crash_point
+from pipeline.write.file import sync_directory
 from pipeline.write.goal import Goal, Wanted
 from pipeline.write.journal import Journal, JournalHeader, read_journal
 from pipeline.write.schema import journal_row
@@ -150,6 +151,8 @@ class Ledger:
             try:
                 current.taken.add(key.row_index, alone=alone)
             except OSError as problem:
+                if self._goal.reached(current.shard):
+                    return  # by another worker, which has cleared work/ away: nobody will ask who was at it
                 raise self._unwritable(problem) from problem
 
     def expect(self, row: Row, keys: Sequence[RecordKey], shard: Shard) -> None:
@@ -170,7 +173,7 @@ class Ledger:
             assert answer.key not in current.seen, f"{answer.key} was answered twice"
             current.seen.add(answer.key)
             attempt = current.wanted.attempts[answer.key]
-            current.pending.append(journal_row(answer, expected.columns, self._schema.inputs, attempt))
+            current.pending.append(journal_row(answer, expected.columns, self._schema, attempt))
             expected.num_missing -= 1
             if not expected.num_missing:
                 del self._rows[answer.key.row_index]
@@ -248,6 +251,7 @@ class Ledger:
 
     def _publish(self, current: _OpenShard) -> None:
         if current.pending:  # not journalled because another worker was quicker
+            sync_directory(self._work_dir.parent / "data")  # its file keeps its name before our journals go
             return
         won = self._goal.publish(
             current.shard,
@@ -269,7 +273,7 @@ class Ledger:
         )
 
     def _journals(self, wanted: Wanted) -> list[Path]:
-        return sorted(self._work_dir.glob(f"{wanted.stem}.*.journal"))
+        return sorted(path for path in self._work_dir.glob(f"{wanted.stem}.*.journal") if path.is_file())
 
     def _sync_forever(self, sync_seconds: float) -> None:
         while not self._closing.wait(sync_seconds):

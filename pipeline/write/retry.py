@@ -135,6 +135,8 @@ def roll_forward(work_dir: Path, data_dir: Path, plan_id: str, names: Collection
         try:
             try:
                 os.link(path, second_name)
+            except FileExistsError:  # nobody else knows the name: a lost reply of a link that was made (NFS)
+                pass
             except OSError as problem:
                 if problem.errno not in NO_HARD_LINKS:
                     raise
@@ -159,6 +161,6 @@ def strays(work_dir: Path, generations_done: Mapping[str, int]) -> Iterator[Path
     """
     for path in sorted(work_dir.glob("part-*")):
         match = _FILE.fullmatch(path.name)
-        if match and int(match[2] or 0) <= generations_done.get(match[1], -1):
+        if match and path.is_file() and int(match[2] or 0) <= generations_done.get(match[1], -1):
             yield path
-    yield from sorted(path for path in work_dir.glob("*.tmp") if not path.name.startswith("part-"))
+    yield from sorted(path for path in work_dir.glob("*.tmp") if path.is_file() and path.name[:5] != "part-")

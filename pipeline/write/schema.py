@@ -110,6 +110,7 @@ class OutputSchema:
     inputs: pa.Schema  # the input columns that are kept
     response_column: str
     prefix: str
+    image_column: str | None = None  # of `inputs`, the one that keeps the images
 
     def column(self, name: str) -> str:
         """Our column `name` as it is called in the file."""
@@ -166,7 +167,8 @@ def output_schema(
     kept = [field for field in kept if not (field.name == id_column and field.name == own_id)]
     if options.keep_images and image_column is not None:
         kept = [field for field in kept if field.name != image_column] + [pa.field(image_column, IMAGES)]
-    schema = OutputSchema(pa.schema(kept), options.response_column, options.prefix)
+    images = image_column if options.keep_images else None
+    schema = OutputSchema(pa.schema(kept), options.response_column, options.prefix, images)
     ours = [schema.column(field.name) for field in (*ANSWER_FIELDS, *PLAN_FIELDS)]
     if len(set(ours)) < len(ours):
         raise UsageError(
@@ -203,9 +205,13 @@ def _unwritable(type_: pa.DataType, compression: str) -> str | None:
     return None
 
 
-def journal_row(answer: Answer, columns: Mapping[str, Any], inputs: pa.Schema, attempt: int) -> dict[str, Any]:
+def journal_row(answer: Answer, columns: Mapping[str, Any], schema: OutputSchema, attempt: int) -> dict[str, Any]:
     """One line of a journal: an answer and the input columns of its row."""
     facts, fault = answer.facts, answer.fault
+    kept = {field.name: columns.get(field.name) for field in schema.inputs}
+    if schema.image_column is not None and facts.image_bytes:
+        images = zip(columns[schema.image_column], facts.image_bytes, strict=True)
+        kept[schema.image_column] = [image | {"bytes": data} for image, data in images]
     return {
         "id": answer.id,
         "row_index": answer.key.row_index,
@@ -228,4 +234,4 @@ def journal_row(answer: Answer, columns: Mapping[str, Any], inputs: pa.Schema, a
         "image_width": list(facts.image_width),
         "image_height": list(facts.image_height),
         "attempt": attempt,
-    } | {f"input.{field.name}": columns.get(field.name) for field in inputs}
+    } | {f"input.{name}": value for name, value in kept.items()}

@@ -38,18 +38,38 @@ def shard_files(data_dir: Path) -> Iterator[tuple[int, Path]]:
         return
     for entry in entries:
         match = _NAME.fullmatch(entry.name)
-        if match and f"{int(match[1]):05d}" == match[1] and entry.is_file():
+        if match and f"{int(match[1]):05d}" == match[1] and _is_file(entry):
             yield int(match[1]), Path(entry.path)
 
 
-def shard_summary(path: Path) -> ShardSummary | None:
-    """The footer's summary; None where there is no readable footer, or none of ours."""
+def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def shard_summary(path: Path) -> ShardSummary | None:
+    """The footer's summary; None where there is no file, no whole footer, or none of ours.
+
+    Raises:
+        RunFailed: the file is there and cannot be read now, which says nothing about what is in it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for ever
+            return None
         # The file is opened here: a path given to pyarrow starts its file system layer, which costs 20 ms.
         with open(path, "rb") as file:
             return ShardSummary.from_metadata(pq.read_metadata(file).metadata)
-    except (OSError, pa.ArrowException):
+    except (FileNotFoundError, NotADirectoryError, pa.ArrowException, ValueError):  # no UTF-8 in a damaged name
         return None
+    except OSError as problem:
+        if problem.errno is None:  # pyarrow's word for a damaged footer
+            return None
+        raise RunFailed(
+            f"{path} cannot be read: {problem.strerror}. It may be a finished shard, so nothing is put in its place; "
+            "make it readable, or delete it, and run the same command again."
+        ) from problem
 
 
 def summary_of_plan(path: Path, plan_id: str) -> ShardSummary | None:
@@ -67,7 +87,7 @@ def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read(columns)
-    except (OSError, pa.ArrowException) as problem:
+    except (OSError, ValueError, pa.ArrowException) as problem:  # a name that is no UTF-8 is a ValueError
         raise RunFailed(
             f"{path} is damaged ({problem}). Delete it and run again: only its rows are asked for anew."
         ) from problem
@@ -95,20 +115,22 @@ def publish_shard(
     table = table.replace_schema_metadata(summary.to_metadata())
     won = False
     try:
-        _write(table, attempt_path, compression)
-        crash_point("shard_closed")
-        _check(table, attempt_path)
-        crash_point("shard_checked")
-        confirm()
-        won = _publish(attempt_path, final, summary.plan_id)
+        try:
+            _write(table, attempt_path, compression)
+            crash_point("shard_closed")
+            _check(table, attempt_path)
+            crash_point("shard_checked")
+            confirm()
+            won = _publish(attempt_path, final, summary.plan_id)
+        except (OSError, RunFailed):
+            # It may be there all the same: the worker that was quicker has cleared work/ away, our copy included, or a
+            # network file system lost its reply.
+            if not summary_of_plan(final, summary.plan_id):
+                raise
         crash_point("shard_published")
         sync_directory(final.parent)
         return won
-    except (OSError, RunFailed) as problem:
-        if not won and summary_of_plan(final, summary.plan_id):
-            return False  # the worker that was quicker has cleared work/ away, our copy included
-        if isinstance(problem, RunFailed):
-            raise
+    except OSError as problem:
         raise RunFailed(
             f"{final} could not be written: {problem.strerror or problem}. Finished answers are kept in the journals; "
             "make room or restore the folder and run the same command again."

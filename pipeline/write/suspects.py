@@ -89,4 +89,4 @@ def read_suspects(work_dir: Path, stem: str, unanswered: Collection[int]) -> Sus
 
 def taken_files(work_dir: Path, stem: str) -> list[Path]:
     """What attempts at a shard noted, dead ones and live ones."""
-    return sorted(work_dir.glob(f"{stem}.*.taken"))
+    return sorted(path for path in work_dir.glob(f"{stem}.*.taken") if path.is_file())

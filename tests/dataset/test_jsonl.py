@@ -123,6 +123,7 @@ def test_a_lone_surrogate_is_replaced_and_counted(tmp_path: Path) -> None:
 
 
 def test_ids_of_different_types_collide_as_text(tmp_path: Path) -> None:
+    """Fault 32: 1 and "1" are the same id, and refused."""
     config = manifest(tmp_path / "a.jsonl", '{"image": "a", "id": 1}\n{"image": "b", "id": "1"}\n')
     config.id_column = "id"
     with pytest.raises(UsageError, match="'1' in rows 0, 1"):

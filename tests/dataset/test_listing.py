@@ -102,6 +102,7 @@ def test_a_missing_name_of_a_brace_pattern_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file_is_a_row_with_a_fault_and_is_never_opened(tmp_path: Path) -> None:
+    """Fault 40: pipes, devices, sockets and dangling links in a folder are error rows and never opened."""
     touched(tmp_path, "good.jpg")
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "dangling.jpg").symlink_to("nowhere")

@@ -42,6 +42,7 @@ def rows_of(config: ParquetConfig) -> list[Row]:
 def test_an_image_is_bytes_a_struct_a_data_uri_a_path_or_a_list_of_these(
     tmp_path: Path, cells: Any, image: ImageRef, is_kept: bool, in_list: bool
 ) -> None:
+    """Fault 45: an image as bytes, struct, data URI, path, or in a list: the same image."""
     array = cells if isinstance(cells, pa.Array) else pa.array(cells)
     if in_list:
         if pa.types.is_dictionary(array.type):
@@ -130,6 +131,7 @@ def test_no_rows_and_no_files_are_valid(tmp_path: Path) -> None:
     ],
 )
 def test_ids_that_are_null_or_repeated_are_refused_with_examples(tmp_path: Path, ids: list[Any], message: str) -> None:
+    """Fault 32: ids that are null or occur twice are refused before the start, with rows as examples."""
     file = table_at(tmp_path / "a.parquet", {"image": ["x"] * 3, "id": ids}, row_group_size=1)
     with pytest.raises(UsageError, match=message):
         ParquetConfig(path=str(file), id_column="id").scan()
@@ -146,6 +148,7 @@ def test_ids_that_are_null_or_repeated_are_refused_with_examples(tmp_path: Path,
     ],
 )
 def test_an_id_is_the_text_of_its_value(tmp_path: Path, ids: list[Any], texts: list[str]) -> None:
+    """Fault 32: ids of floats, dates, with line breaks, slashes and NUL: the text of the value."""
     file = table_at(tmp_path / "a.parquet", {"image": ["x"] * 2, "id": ids})
     assert [row.id for row in rows_of(ParquetConfig(path=str(file), id_column="id"))] == texts
 

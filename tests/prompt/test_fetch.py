@@ -121,6 +121,7 @@ def test_redirects_are_followed_a_few_times(server: Server) -> None:
     ],
 )  # fmt: skip
 def test_a_redirect_does_not_lead_where_a_url_may_not(server: Server, canary: Server, place: str) -> None:
+    """Fault S-7: a redirect to a private address, another scheme or credentials is not followed."""
     server.answers["/"] = say(302, Location=place.format(port=canary.port))
     assert fault_of(server.url("/")).kind in ("AddressNotAllowed", "UrlsNotSupported")
     assert (server.asked, canary.asked) == (["/"], [])
@@ -210,6 +211,7 @@ def test_of_several_addresses_a_public_one_is_used(monkeypatch: pytest.MonkeyPat
     ],
 )  # fmt: skip
 def test_what_is_no_plain_http_url_is_refused_unasked(url: str, server: Server) -> None:
+    """Fault S-7: file:, ftp:, data:, user and password in the address: refused, and nobody is asked."""
     fault = fault_of(url)
     assert fault.kind == "UrlsNotSupported"
     assert "secret" not in fault.message
@@ -217,6 +219,7 @@ def test_what_is_no_plain_http_url_is_refused_unasked(url: str, server: Server) 
 
 
 def test_a_line_break_in_a_url_adds_no_header(server: Server) -> None:
+    """Fault S-7: a line break in an address cannot add a header to the request."""
     server.answers["/a%0D%0AX-Evil:%201"] = say(200, BODY)
     fetch_or_fault(server.url("/a\r\nX-Evil: 1"))
     fetch_or_fault(server.url("/a?b=\r\nX-Evil: 1"))
@@ -327,6 +330,7 @@ def test_no_connection_is_left_open(server: Server) -> None:
     ],
 )
 def test_a_message_shows_no_secret_of_a_url(url: str, text: str) -> None:
+    """Fault S-2: password and parameters of an address are in no message."""
     assert shown(url) == text
 
 

@@ -80,17 +80,20 @@ def test_an_image_is_opened_from_bytes_a_path_or_a_store_alike(tmp_path: Path) -
 
 
 def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
+    """Fault 40: a PNG named .jpg is decoded by its content."""
     (tmp_path / "png.jpg").write_bytes(encoded(picture(), "PNG"))
     assert np.array_equal(array(opened(tmp_path / "png.jpg")), np.asarray(picture()))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 2), (16384, 1)])
 def test_extreme_shapes_are_images_too(size: tuple[int, int]) -> None:
+    """Fault 44: 1 x 1, 1 x 5000, 5000 x 1, 2 x 2 and 16,384 pixels wide are images."""
     image = opened(encoded(Image.new("RGB", size, "red"), "PNG"))
     assert (image.width, image.height) == image.image.size == size
 
 
 def test_an_opened_image_carries_no_exif_and_no_file() -> None:
+    """Fault 41: nothing of the EXIF block goes on with the pixels."""
     exif = Image.Exif()
     exif[0x010E] = "a secret place"
     image = opened(encoded(picture(), "JPEG", exif=exif)).image
@@ -106,6 +109,7 @@ def test_an_opened_image_carries_no_exif_and_no_file() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_lossless_files_of_one_picture_come_out_upright_and_identical(format: str, orientation: int) -> None:
     # How a camera held that way stores the picture: the inverse of what the tag asks for.
+    """Fault 41: all eight EXIF orientations in PNG, TIFF and WebP: the same upright pixels."""
     inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     turn = inverse.get(orientation, pixels.UPRIGHT.get(orientation))
     stored = picture().transpose(turn) if turn is not None else picture()
@@ -119,6 +123,7 @@ def test_lossless_files_of_one_picture_come_out_upright_and_identical(format: st
 
 @needs_shared
 def test_eight_photographs_held_eight_ways_agree_in_size_and_mean() -> None:
+    """Fault 41: eight photographs with the eight orientations agree in size and mean colour."""
     for number in range(1, 9):
         image = opened(SHARED / "odd_images" / "exif_orientation" / f"Portrait_{number}.jpg")
         assert (image.width, image.height) == (1200, 1800)
@@ -162,6 +167,7 @@ def test_an_orientation_that_does_not_exist_is_ignored() -> None:
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])
 @pytest.mark.parametrize("byte_order", ["<", ">"])
 def test_deep_grey_is_scaled_by_its_own_white(bits: int, byte_order: str) -> None:
+    """Fault 42: grey of 10 to 16 bits is scaled, not clipped to white."""
     white = 2**bits - 1
     ramp = np.linspace(0, white, 1024).astype(np.uint16).reshape(32, 32)
     image = Image.frombytes(
@@ -197,6 +203,7 @@ def test_floats_and_long_integers_are_scaled_too(values: Any, expected: list[int
 
 
 def test_transparency_is_put_on_white_and_said() -> None:
+    """Fault 42: transparent pixels are put on white, and the record says so."""
     half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     half.putpixel((1, 0), (0, 0, 0, 0))
     palette = half.convert("P")
@@ -219,6 +226,7 @@ def test_an_opaque_alpha_channel_changes_nothing() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB"])
 def test_other_modes_come_out_as_rgb(mode: str) -> None:
+    """Fault 42: 1-bit, palette, CMYK, YCbCr and LAB come out as RGB with their contrast."""
     image = Image.linear_gradient("L").convert("RGB").resize((16, 16))
     if mode == "LAB":
         from PIL import ImageCms
@@ -238,6 +246,7 @@ def test_other_modes_come_out_as_rgb(mode: str) -> None:
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_the_first_frame_stands_for_an_animation(format: str) -> None:
+    """Fault 43: the first frame of animations and pages is taken; the record has their number."""
     if format == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
@@ -247,6 +256,7 @@ def test_the_first_frame_stands_for_an_animation(format: str) -> None:
 
 
 def test_a_film_of_ten_thousand_frames_is_not_decoded_whole() -> None:
+    """Fault 43: a GIF of 10,000 frames is opened within a second."""
     still = encoded(picture(100, 100).convert("P"), "GIF")
     header = 13 + 3 * 2 ** ((still[10] & 7) + 1)
     film = still[:header] + still[header:-1] * 200 + b"\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0" * 9_800 + b";"
@@ -267,11 +277,40 @@ def test_endless_pages_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
 def test_a_truncated_file_is_an_error_and_not_half_a_picture(format: str, share: float) -> None:
+    """Fault 40: files cut at 0, 0.1, 50 and 99 % are error rows, not half a grey picture."""
     data = encoded(picture(200, 200), format)
     assert fault(data[: int(len(data) * share)], Stage.DECODE).kind != ""
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_a_damaged_file_is_decoded_or_a_fault_of_its_row(format: str) -> None:
+    """Fault 38: single bytes of good files changed at random, as by a bad disk or a fuzzer: no other exception."""
+    rng = np.random.default_rng(0)
+    data = encoded(picture(60, 60), format)
+    stages = []
+    for number in range(150):
+        damaged = bytearray(data)
+        reach = len(data) if number % 2 else min(len(data), 300)  # the header half of the time
+        for place in rng.integers(0, reach, (1, 3, 30)[number % 3]):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            opened(bytes(damaged), 10_000_000)
+        except RowFault as found:
+            stages.append(found.stage)
+    assert len(stages) > 10
+    assert set(stages) == {Stage.DECODE}
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("frame 0"), SystemError("null"), BufferError(), KeyError(7)])
+def test_whatever_a_decoder_raises_is_a_fault_of_its_row(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    def load(self: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    assert fault(encoded(picture(), "PNG"), Stage.DECODE).kind == type(raised).__name__
 
 
 def test_what_is_no_image_is_refused_with_its_first_bytes(tmp_path: Path) -> None:
@@ -289,6 +328,7 @@ def test_formats_outside_the_list_are_not_even_tried(format: str) -> None:
 
 
 def test_a_missing_file_is_a_fault_of_reading(tmp_path: Path) -> None:
+    """Fault 40: missing files, dangling links and folders are error rows of stage read."""
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
     for path in (tmp_path / "gone.jpg", tmp_path / "dangling.jpg"):
         found = fault(path, Stage.READ)
@@ -301,6 +341,7 @@ def test_a_missing_file_is_a_fault_of_reading(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_a_fault_of_reading(tmp_path: Path) -> None:
+    """Fault 40: a file that may not be read is an error row."""
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "a.jpg").chmod(0)
     assert fault(tmp_path / "a.jpg", Stage.READ).kind == "PermissionError"
@@ -308,6 +349,7 @@ def test_a_file_without_permission_is_a_fault_of_reading(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("address", ["{}", "file://{}"])
 def test_a_pipe_is_refused_unread(tmp_path: Path, address: str) -> None:
+    """Fault 40: a pipe is refused and what is in it is left there."""
     os.mkfifo(tmp_path / "pipe.jpg")
     descriptor = os.open(tmp_path / "pipe.jpg", os.O_RDWR)  # a writer with something to say
     try:
@@ -328,6 +370,7 @@ def test_a_pipe_without_a_writer_does_not_hang(tmp_path: Path) -> None:
 
 
 def test_a_device_is_refused_unread() -> None:
+    """Fault 40: a device is refused unread."""
     assert fault("/dev/zero", Stage.READ).kind == "NotARegularFile"
 
 
@@ -357,6 +400,7 @@ def png(width: int, height: int, bit_depth: int, colour_type: int, *chunks: tupl
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
+    """Fault 39: 30,000 x 30,000 pixels are refused by the header, without memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = fault(png(30_000, 30_000, 1, 0), Stage.DECODE)
     assert found.kind == "DecompressionBombError"
@@ -378,6 +422,7 @@ def test_pillows_own_limit_neither_counts_nor_changes(monkeypatch: pytest.Monkey
 
 
 def test_a_text_chunk_that_grows_without_end_is_refused() -> None:
+    """Fault 39: a compressed text chunk that unpacks to 20 MB is refused."""
     bomb = zlib.compress(b"x" * (20 << 20))
     found = fault(png(1, 1, 8, 0, (b"zTXt", b"comment\0\0" + bomb)), Stage.DECODE)
     assert found.kind == "ValueError"
@@ -394,6 +439,7 @@ def test_an_image_larger_than_the_ceiling_is_not_read(tmp_path: Path) -> None:
 
 @needs_shared
 def test_every_hostile_file_is_decoded_or_refused_in_time() -> None:
+    """Fault 38: every hostile file is decoded or refused within two seconds."""
     files = [path for path in sorted((SHARED / "bad_images").rglob("*")) if path.is_file()]
     assert len(files) > 50
     outcomes = {"ok": 0, Stage.DECODE: 0}
@@ -410,6 +456,7 @@ def test_every_hostile_file_is_decoded_or_refused_in_time() -> None:
 
 @needs_shared
 def test_odd_pictures_agree_with_pillow_where_pillow_is_right() -> None:
+    """Fault 42: over 50 odd real files: size, mean colour and contrast agree with a recorded baseline."""
     lines = map(json.loads, (SHARED / "expected_pillow.jsonl").read_text().splitlines())
     known = {line["file"]: line for line in lines if line.get("opens_with_allowlist") and line["outcome"] == "ok"}
     odd = {file: line for file, line in known.items() if file.startswith(("odd_images/", "photos_qa/"))}

@@ -75,6 +75,7 @@ def sketches(**prompt: Any) -> Any:
 
 
 def test_every_recorded_rendering_is_reproduced(tmp_path: Path) -> None:
+    """Fault 36: eight real chat templates x seven shapes of messages: the recorded text, or the recorded error."""
     lines = real("jinja2_rendered.jsonl").splitlines()
     processor = AutoProcessor.from_pretrained(save_llava(tmp_path))
     for case in map(json.loads, lines):
@@ -108,6 +109,7 @@ def test_every_published_rendering_is_reproduced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(MAKERS))
 @pytest.mark.parametrize("num_images", [0, 1, 2])
 def test_a_real_template_asks_the_question_about_every_image(tmp_path: Path, name: str, num_images: int) -> None:
+    """Fault 36: each real template asks the question once, about every image, and shows no Python."""
     if (name, num_images) == ("blip2_vllm.jinja", 2):
         pytest.skip("BLIP-2 takes one image")
     processor = loaded(MAKERS[name](tmp_path, real(name)))
@@ -216,6 +218,7 @@ def test_a_first_token_that_the_template_writes_after_a_line_break_is_not_added_
 def test_a_template_that_spoils_prompts_ends_the_run_before_its_first_row(
     tmp_path: Path, template: str, reason: str
 ) -> None:
+    """Fault 36: a template that drops the question or writes Python ends the run before its first row."""
     with pytest.raises(RunFailed) as caught:
         loaded(save_idefics3(tmp_path, template))
     message = str(caught.value)

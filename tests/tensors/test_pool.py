@@ -120,6 +120,7 @@ def test_no_tasks_give_no_results() -> None:
 def test_a_task_that_kills_its_worker_is_lost_after_a_second_try_and_nobody_else(
     order: str, how: str, num_workers: int
 ) -> None:
+    """Fault 46: a row that kills its worker is tried once more, then it is an error row; no other row is."""
     tasks = echoes(30)
     tasks.insert(7, (order, None))
     results = results_of(tasks, num_workers)
@@ -159,6 +160,7 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
 
 @pytest.mark.parametrize("hang", [("sleep", 60), ("hang in C", None)])
 def test_a_hanging_task_is_lost_at_its_time_limit_and_the_rest_goes_on(hang: Task) -> None:
+    """Fault 46: a row that hangs, in Python or in C, ends at the time limit, and the others are done."""
     tasks = echoes(10)
     tasks.insert(4, hang)
     began = time.monotonic()

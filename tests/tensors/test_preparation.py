@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,10 @@ def photo(width: int, height: int) -> bytes:
 
 
 def test_a_photo_of_48_megapixels_fits_the_default_memory_of_a_worker_and_a_tight_limit_is_an_error_row(
-    folder: Path,
+    folder: Path, tmp_path: Path
 ) -> None:
+    """Fault 39: an image that needs more memory than a worker has is an error row; the next one is opened."""
+
     def pool(memory_bytes: int) -> WorkerPool[Task, list[EncodedSample | Answer]]:
         return WorkerPool(
             partial(Preparation, options_of(folder)),
@@ -65,10 +68,12 @@ def test_a_photo_of_48_megapixels_fits_the_default_memory_of_a_worker_and_a_tigh
             preload=("pytest",),
         )
 
-    tasks = [task(photo(8000, 6000)), task(photo(40, 30))]
+    (tmp_path / "small.jpg").write_bytes(photo(40, 30))  # reading it must not set aside what a file may have at most
+    by_path = task(images=(ImageRef(path=str(tmp_path / "small.jpg")),))
+    tasks = [task(photo(8000, 6000)), task(photo(40, 30)), by_path]
     with pool(StaticConfig().worker_memory_bytes) as usual, pool(200 << 20) as tight:
         found = [*usual.results(iter(tasks)), *tight.results(iter(tasks))]
-    large, small, too_large, still_small = found
+    large, small, read, too_large, still_small, still_read = found
     assert isinstance(large, list)
     assert [type(result) for result in large] == [EncodedSample] * 2
     assert (large[0].facts.image_width, large[0].facts.image_height) == ((8000,), (6000,))
@@ -76,7 +81,8 @@ def test_a_photo_of_48_megapixels_fits_the_default_memory_of_a_worker_and_a_tigh
     assert [result.fault.kind for result in too_large if isinstance(result, Answer) and result.fault] == [
         "MemoryError"
     ] * 2
-    assert [type(result) for result in (*small, *still_small)] == [EncodedSample] * 4  # type: ignore[misc]
+    others = (*small, *read, *still_small, *still_read)  # type: ignore[misc]
+    assert [type(result) for result in others] == [EncodedSample] * 8
 
 
 def test_each_key_has_one_result_and_the_image_is_told(folder: Path) -> None:
@@ -144,6 +150,7 @@ def test_a_cap_that_is_no_number_of_tokens_is_a_fault(folder: Path, cap: object)
 
 
 def test_an_answer_never_outgrows_the_context_of_the_model(folder: Path) -> None:
+    """Fault 34: an answer may be as long as the prompt leaves room in the context; with no room, an error row."""
     [sample, _] = Preparation(options_of(folder))(task(photo(40, 30)))
     assert isinstance(sample, EncodedSample)
     tight = Preparation(options_of(folder, max_tokens=sample.num_tokens + 3))
@@ -222,3 +229,21 @@ def test_what_a_row_left_is_let_go_before_another_image_is_decoded(
     for width in (40, 41, 42):
         prepare(task(photo(width, 30)))
     assert num_kept == [0, 0, 0]
+
+
+def test_images_that_are_kept_are_those_that_the_model_is_shown(folder: Path, tmp_path: Path) -> None:
+    """Read once, whatever becomes of the file later; what is no picture is kept, too, and what is missing is null."""
+    good, bad, gone = tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "gone.png"
+    good.write_bytes(photo(30, 20))
+    bad.write_bytes(b"no picture")
+    preparation = Preparation(replace(options_of(folder), keep_images=True))
+    for images, kept in [
+        ((good,), (photo(30, 20),)),
+        ((good, bad), (photo(30, 20), b"no picture")),
+        ((gone, good), (None, None)),
+        ((), ()),
+    ]:
+        refs = tuple(ImageRef(path=str(path)) for path in images)
+        results = preparation(replace(task(), row=replace(task().row, images=refs)))
+        assert [result.facts.image_bytes for result in results] == [kept, kept]
+    assert Preparation(options_of(folder))(task(photo(30, 20)))[0].facts.image_bytes == ()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from faultbox import Found
-from faults_page import TRIED
+from faults_page import TRIED, table_lines, write_page
 
 
 @pytest.fixture
@@ -20,10 +20,14 @@ def found(request: pytest.FixtureRequest) -> Iterator[Found]:
     assert counted.good, counted
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table."""
-    from faults_page import table_lines
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-page", action="store_true", help="write docs/faults.md if all tests pass")
 
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """The table."""
+    if config.getoption("--faults-page", False) and exitstatus == pytest.ExitCode.OK:
+        write_page(table_lines())
     if TRIED:
         terminalreporter.section("faults tried")
         for line in table_lines():

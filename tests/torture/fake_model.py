@@ -7,7 +7,12 @@ checks of a real model are not. It starts without torch, in half a second.
 
 FAKE_MODEL_POISON=ID,ID has the whole process end, as by a fault in a kernel, once one of these rows is in a batch.
 FAKE_MODEL_LOG=FILE gets a line for each answer that was generated ("made KEY"), and for each that the disk has in a
-journal ("kept KEY"): what may not be generated again.
+journal ("kept KEY"): what may not be generated again; and one for each worker ("began ATTEMPT").
+FAKE_MODEL_CLOCK=+3600 or -3600 has the process see another time of day, "frozen" one that stands still, and "jumping"
+one that goes an hour forth and back. Durations have a clock of their own, and files that of their file system.
+FAKE_MODEL_LEASE=SECONDS is how long a claim holds. FAKE_MODEL_RANK=2/7 has the process do the share of that rank.
+FAKE_MODEL_GATES=FOLDER has the process wait, before it plans and again before it takes a shard, until there is a file
+FOLDER/plan or FOLDER/work; meanwhile it stands there as FOLDER/plan.PID or FOLDER/work.PID.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +34,8 @@ from PIL import Image
 
 from pipeline import assembly, preparation, run
 from pipeline.__main__ import main
+from pipeline.cluster.base import Work
+from pipeline.cluster.local import LocalConfig
 from pipeline.config import RunConfig
 from pipeline.plan import Plan
 from pipeline.preparation import Preparation, PreparationOptions, Task
@@ -37,10 +45,13 @@ from pipeline.tensors.pool import WorkerPool
 from pipeline.tensors.processor import Encoded, ProcessorSource
 from pipeline.vlm.base import EngineCounts, OnToken, StopSignal
 from pipeline.vlm.identity import ModelIdentity
+from pipeline.write.claim import LEASE_SECONDS, Claims
 from pipeline.write.journal import Journal
 
 LOG, POISON, BATCH_ROWS = "FAKE_MODEL_LOG", "FAKE_MODEL_POISON", "FAKE_MODEL_BATCH_ROWS"
+CLOCK, LEASE, RANK, GATES = "FAKE_MODEL_CLOCK", "FAKE_MODEL_LEASE", "FAKE_MODEL_RANK", "FAKE_MODEL_GATES"
 BATCH_SECONDS = 0.004
+FROZEN_AT = 1_800_000_000.0
 
 
 def right_answer(images: Sequence[Image.Image], prompt: str) -> str:
@@ -78,7 +89,8 @@ class FakeEngine:
         self._stop = stop
 
     def answers(self, samples: Iterator[EncodedSample]) -> Iterator[Answer]:
-        num_rows, poison = int(os.environ.get(BATCH_ROWS, "3")), os.environ.get(POISON, "").split(",")
+        num_rows = int(os.environ.get(BATCH_ROWS, "3"))
+        poison = [name for name in os.environ.get(POISON, "").split(",") if name]
         while not self._stop.requested and (batch := list(islice(samples, num_rows))):
             time.sleep(BATCH_SECONDS)
             if any(sample.id in poison for sample in batch):
@@ -144,6 +156,40 @@ def journal_that_tells(append: Any) -> Any:
     return told
 
 
+def set_clock(words: str) -> None:
+    """Have this process see another time of day."""
+    true_time, number = time.time, count()
+    if words == "frozen":
+        time.time = lambda: FROZEN_AT
+    elif words == "jumping":
+        time.time = lambda: true_time() + (3600, -3600)[next(number) % 2]
+    elif words:
+        time.time = lambda: true_time() + float(words)
+
+
+def pass_gate(name: str) -> None:
+    """Wait until the test opens it, so that many processes go on at one moment."""
+    if folder := os.environ.get(GATES):
+        gate, deadline = Path(folder) / name, time.monotonic() + 120
+        gate.with_name(f"{name}.{os.getpid()}").touch()
+        while not gate.exists():
+            assert time.monotonic() < deadline, f"{gate} was never opened"
+            time.sleep(0.005)
+
+
+def claims_that_tell(work_dir: Path, attempt_id: str) -> Claims:
+    """The claims of a worker, whose lease a test may choose."""
+    log("began", [attempt_id])
+    pass_gate("work")
+    return Claims(work_dir, attempt_id, lease_seconds=float(os.environ.get(LEASE, LEASE_SECONDS)))
+
+
+def launch_rank(self: LocalConfig, work: Work) -> None:
+    """As a cluster of several workers starts one of them."""
+    rank, _, world = os.environ.get(RANK, "0/1").partition("/")
+    work(int(rank), int(world))
+
+
 def install() -> None:
     """Put the fake model in the place of the real one."""
     run.refuse_model = lambda *_: None  # type: ignore[assignment]
@@ -151,10 +197,14 @@ def install() -> None:
     run.workers = fake_workers  # type: ignore[assignment]
     run.build_engine = lambda config, identity, batcher, stop: FakeEngine(stop)  # type: ignore[assignment]
     run.parity_check = lambda *_, **__: NoParity()  # type: ignore[assignment]
+    run.Claims = claims_that_tell  # type: ignore[assignment, misc]
+    LocalConfig.launch = launch_rank  # type: ignore[method-assign]
     Journal.append = journal_that_tells(Journal.append)  # type: ignore[method-assign]
 
 
 def start() -> None:
     """What `python -m pipeline` does, with the fake model."""
     install()
+    set_clock(os.environ.get(CLOCK, ""))
+    pass_gate("plan")
     sys.exit(main())

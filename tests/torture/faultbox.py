@@ -156,6 +156,10 @@ class Box:
         """How often each key was generated."""
         return Counter(key for what, key in self._log() if what == "made")
 
+    def began(self) -> list[str]:
+        """The attempts of workers that found something to do."""
+        return [attempt for what, attempt in self._log() if what == "began"]
+
     def check_always(self) -> None:
         """What a reader may see at any moment."""
         plan_path = self.output / "plan.json"

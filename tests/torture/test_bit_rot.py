@@ -33,7 +33,9 @@ def box(tmp_path: Path) -> Box:
     return box
 
 
-def test_damage_in_any_region_of_a_shard(box: Box, found: Found) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.torture)])
+def test_damage_in_any_region_of_a_shard(step: int, box: Box, found: Found) -> None:
     """Fault 22: a flipped bit in a shard's magic, pages, footer or length is found, or no reader can notice it."""
     path = box.output / "data" / "part-00001.parquet"
     whole = path.read_bytes()
@@ -41,17 +43,18 @@ def test_damage_in_any_region_of_a_shard(box: Box, found: Found) -> None:
     rows, statistics = pq.read_table(path).to_pylist(), read_statistics(path)
     assert deep(box.output).passed
     num_found = 0
-    pages, inside = range(4, footer, (footer - 4) // 40), range(footer, len(whole) - 8, 23)
+    pages, inside = range(4, footer, (footer - 4) // 40), range(footer, len(whole) - 8, step)
     for place in [*range(4), *pages, *inside, *range(len(whole) - 8, len(whole))]:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         seen = deep(box.output)
         found.num_faults += 1
-        if seen.passed:
+        if seen.passed and not seen.num_unlike:
             assert (pq.read_table(path).to_pylist(), read_statistics(path)) == (rows, statistics), f"byte {place}"
         else:
             num_found += 1
             assert all("part-00001" in problem or "1 shards" in problem for problem in seen.problems), seen.problems
-    assert num_found > found.num_faults / 2
+            assert seen.problems or seen.num_unlike == 1
+    assert num_found > found.num_faults / 3
     path.unlink()
     box.log.unlink()
     box.finish(found)

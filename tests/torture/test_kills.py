@@ -15,7 +15,7 @@ from pipeline.write.crash_point import CRASH_POINTS
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("num_kills", [20, pytest.param(100, marks=pytest.mark.torture)])
 def test_kills_at_random_moments(num_kills: int, tmp_path: Path, found: Found) -> None:
-    """Faults 1: SIGKILL of the whole process group at random moments."""
+    """Fault 1: SIGKILL of the whole process group at random moments."""
     rng = random.Random(num_kills)
     box = Box(tmp_path / "0", 1000)
     while found.num_faults < num_kills:

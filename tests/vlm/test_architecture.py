@@ -109,6 +109,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_code_of_the_model_is_not_run_unless_it_is_trusted(
     own_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault 47, S-3: code that comes with a model (auto_map) is not run unless it is trusted; the refusal names it."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question on the terminal"))
     options = VlmConfig(path=str(own_code))
     with pytest.raises(UsageError, match=r"mine\.Mine, mine\.MyConfig.*vlm\.trust_remote_code=true"):

@@ -65,6 +65,7 @@ def test_a_whole_sharded_folder_names_its_shards(sharded: Path) -> None:
 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    """Fault 47: a model folder without weights is refused before data is read."""
     (folder / "model.safetensors").unlink()
     assert "has no weights (model.safetensors or model.safetensors.index.json)" in refusal(folder)
 
@@ -79,6 +80,7 @@ def weights_cut_at(place: str, whole: bytes) -> bytes:
 @pytest.mark.parametrize("place", ["zero", "length", "header", "middle", "last byte"])
 @pytest.mark.parametrize("name", ["model.safetensors", SHARDS[1]])
 def test_a_cut_weight_file_is_named(folder: Path, name: str, place: str, request: pytest.FixtureRequest) -> None:
+    """Fault 47: a weight file cut at 0, in its header, its middle or its last byte is named, with both sizes."""
     if name in SHARDS:
         request.getfixturevalue("sharded")
     weights = folder / name
@@ -101,6 +103,7 @@ def test_a_weight_file_longer_than_promised_is_named(folder: Path) -> None:
 
 
 def test_an_index_that_lists_an_absent_file_is_named(sharded: Path) -> None:
+    """Fault 47: an index that lists an absent file: both are named."""
     (sharded / SHARDS[1]).unlink()
     assert f"model.safetensors.index.json lists ['{SHARDS[1]}'], which are missing" in refusal(sharded)
 
@@ -140,6 +143,7 @@ def test_a_link_into_nothing_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("place", [".", ".cache/huggingface/download", ".cache/huggingface/download/onnx"])
 def test_a_download_that_has_not_ended_is_named(folder: Path, place: str) -> None:
+    """Fault 47: a download that has not ended (.incomplete) is named."""
     (folder / place).mkdir(parents=True, exist_ok=True)
     (folder / place / "model.safetensors.4d7a.incomplete").touch()
     assert "model.safetensors.4d7a.incomplete: this download has not ended" in refusal(folder)

@@ -92,6 +92,8 @@ def changed_weights(folder: Path, to: Path, change: Callable[[dict[str, torch.Te
 
 
 def test_weights_that_are_lacking_are_refused_instead_of_random(folder: Path, tmp_path: Path) -> None:
+    """Fault 47: weights that are lacking are named; none is left random."""
+
     def leave_out(weights: dict[str, torch.Tensor]) -> None:
         del weights[next(name for name in sorted(weights) if "layers.1.mlp" in name)]
 
@@ -155,6 +157,7 @@ class Canary:
 
 
 def test_a_pickle_with_code_in_it_does_not_run_it(folder: Path, tmp_path: Path) -> None:
+    """Fault S-3: vlm.allow_pickle=true takes weights out of a pickle, and nothing else."""
     copied(folder, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"a": Canary(tmp_path / "touched")}, tmp_path / "pytorch_model.bin")

@@ -243,6 +243,7 @@ def test_out_of_memory_in_a_prompt_makes_prompts_fewer_at_a_time(failing: Any) -
 def test_out_of_memory_in_a_step_takes_half_of_the_rows_out_and_the_slots_come_back(
     failing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault 48: out of memory in a decode step of the slots: the same answers, and all slots again later."""
     monkeypatch.setattr(engine_module, "_CALM_ANSWERS", 8)
     slots, static = engines_of(num_slots=8)
     given = many(count=60)
@@ -262,6 +263,7 @@ def test_out_of_memory_in_a_step_takes_half_of_the_rows_out_and_the_slots_come_b
 
 
 def test_a_row_that_never_fits_is_an_error_row_and_its_neighbours_are_answered(failing: Any) -> None:
+    """Fault 48: a row that fits no memory is an error row of the slots too; its neighbours are answered."""
     slots, static = engines_of()
     given = poisoned(samples("llava"), 3)
     wanted = answers_of(static, given)
@@ -314,6 +316,7 @@ def test_a_step_that_fails_is_answered_in_padded_batches(failing: Any) -> None:
 
 
 def test_logits_that_are_not_finite_are_an_error_row_and_harm_nobody() -> None:
+    """Fault 49: NaN logits in a slot are an error row and harm no neighbour."""
     slots, static = engines_of()
     wanted = answers_of(static, samples("llava"))
     tried(slots, samples("llava"))
@@ -330,7 +333,7 @@ def test_logits_that_are_not_finite_are_an_error_row_and_harm_nobody() -> None:
 
 @pytest.mark.parametrize("kernel", [DecodeAttention.matmul, DecodeAttention.sdpa])
 def test_a_slot_that_held_numbers_which_are_not_finite_harms_no_later_row(kernel: DecodeAttention) -> None:
-    """Zero times NaN is NaN: a long row leaves its cells to a short one, and another long row widens the step."""
+    """Fault 49: a slot that held NaN harms no later row."""
     slots, static = engines_of(num_slots=2, ending={"ignore_eos": True}, decode_attention=kernel)
     given = samples("llava")
     wanted = answers_of(static, given)

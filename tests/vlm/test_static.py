@@ -164,6 +164,7 @@ def test_a_ragged_batch_gives_the_tokens_and_logits_of_generate_on_each_row_alon
 @pytest.mark.parametrize("name", ["smolvlm", "idefics2", "qwen2_5_vl"])
 @pytest.mark.parametrize("text_only", [False, True])
 def test_batches_of_one_and_three_and_all_give_the_same(name: str, text_only: bool) -> None:
+    """Fault 52: batches of 1, 3 and 6 ragged rows in float32 give the same answers."""
     given = ragged(name, text_only=text_only)
     results = [answers_of(engine_of(family(name).model, max_rows=rows), given) for rows in (1, 3, 6)]
     assert results[0] == results[1] == results[2]
@@ -325,6 +326,7 @@ class Faulty:
 
 
 def test_out_of_memory_halves_the_batch_until_it_fits_and_the_budget_recovers() -> None:
+    """Fault 48: out of memory halves the batch until it fits; later batches are of full size again."""
     sizes: list[int] = []
 
     def check(batch: dict[str, torch.Tensor]) -> None:
@@ -345,6 +347,8 @@ def test_out_of_memory_halves_the_batch_until_it_fits_and_the_budget_recovers() 
 
 
 def test_a_row_that_never_fits_is_recorded_and_does_not_shrink_the_others_to_nothing() -> None:
+    """Fault 48: a row that fits no memory is an error row; the others are answered as without it."""
+
     def check(batch: dict[str, torch.Tensor]) -> None:
         if (batch["input_ids"] == 285).any():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 900.00 GiB\nmore lines")
@@ -389,6 +393,7 @@ def poisoned(given: list[EncodedSample], row: int) -> list[EncodedSample]:
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_logits_that_are_not_finite_become_an_error_row_and_harm_nobody(do_sample: bool) -> None:
+    """Fault 49: NaN logits are an error row that names the step; no text is stored, no neighbour changes."""
     model = family("smolvlm").model
     weight = model.get_input_embeddings().weight
     settings = SamplingSettings(do_sample=do_sample)
@@ -416,6 +421,7 @@ def test_a_broken_accelerator_ends_the_run(message: str) -> None:
 
 
 def test_a_failed_batch_leaves_no_tensors_behind() -> None:
+    """Fault 48: after out of memory nothing holds the tensors of the failed batch."""
     held: list[weakref.ref[torch.Tensor]] = []
 
     def check(batch: dict[str, torch.Tensor]) -> None:

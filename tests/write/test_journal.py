@@ -45,6 +45,7 @@ def test_what_was_appended_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_journal_torn_at_any_byte_keeps_every_whole_append(tmp_path: Path) -> None:
+    """Fault 3: a journal torn at any byte keeps every whole append before."""
     path, torn = tmp_path / "j", tmp_path / "torn"
     sizes = three_appends(path)
     content = path.read_bytes()
@@ -67,7 +68,7 @@ def test_a_flipped_byte_hides_its_append_and_never_gives_another_answer(tmp_path
 
 @pytest.mark.parametrize("tail", [bytes(4096), bytes(8), struct.pack("<II", 0xFFFFFFF0, 1) + b"x"])
 def test_a_tail_of_zeros_or_of_an_absurd_length_is_no_append(tmp_path: Path, tail: bytes) -> None:
-    """Zeros are what a file system may leave where a machine lost power; eight of them pass their own checksum."""
+    """Fault 9: a tail of zeros, as power loss may leave it (eight pass their own checksum), or of an absurd length."""
     path = tmp_path / "j"
     three_appends(path)
     with open(path, "ab") as file:
@@ -77,6 +78,7 @@ def test_a_tail_of_zeros_or_of_an_absurd_length_is_no_append(tmp_path: Path, tai
 
 @pytest.mark.parametrize("content", [b"", b"v", b"not a journal at all", b"vlmbatchj1\n", b"vlmbatchj1\n" + bytes(8)])
 def test_an_empty_or_foreign_file_holds_nothing(tmp_path: Path, content: bytes) -> None:
+    """Fault 23: an empty or foreign file with the name of a journal holds no answer."""
     path = tmp_path / "j"
     path.write_bytes(content)
     assert read(path) == []
@@ -105,6 +107,7 @@ def test_two_attempts_cannot_share_a_file(tmp_path: Path) -> None:
 
 
 def test_an_append_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 9: an append has reached the disk when it returns."""
     path, synced = tmp_path / "j", []
     journal = Journal(path, JournalHeader("p", 0, 0))
     real = os.fsync

@@ -201,8 +201,8 @@ def test_a_lone_surrogate_is_replaced_and_said(tmp_path: Path) -> None:
         ledger.record(answer(key, "half \udc80 a character" if key.row_index == 1 else "naïve \0 ☃"))
     ledger.close()
     rows = read(tmp_path)
-    assert rows["response"].to_pylist() == ["naïve \0 ☃", "half ? a character", "naïve \0 ☃"]
-    assert rows["tags"].to_pylist() == [["ok", ""], ["ok", ""], ["ok", "?"]]
+    assert rows["response"].to_pylist() == ["naïve \0 ☃", "half \ufffd a character", "naïve \0 ☃"]
+    assert rows["tags"].to_pylist() == [["ok", ""], ["ok", ""], ["ok", "\ufffd"]]
     assert rows["status"].to_pylist() == ["ok"] * 3
     assert [bool(warnings) for warnings in rows["warnings"].to_pylist()] == [False, True, True]
 
@@ -281,6 +281,7 @@ def test_a_slow_disk_does_not_hold_up_the_answers(tmp_path: Path, monkeypatch: p
 
 
 def test_answers_that_the_journal_thread_cannot_write_end_the_run_with_the_folder_named(tmp_path: Path) -> None:
+    """Fault 18: no room in a journal: the run ends with the folder named; with room nothing is lost."""
     plan = new_plan(tmp_path, 6, shard_rows=6)
     ledger = new_ledger(tmp_path, plan, sync_seconds=0.01)
     keys = list(keys_of(plan, plan.shard(0)))
@@ -305,6 +306,7 @@ def test_answers_that_the_journal_thread_cannot_write_end_the_run_with_the_folde
 def test_a_shard_that_could_not_be_published_is_whole_in_the_journals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Fault 18: no room for a shard: its path is named, its answers are in the journals, and none is asked again."""
     plan = new_plan(tmp_path, 3)
     ledger = new_ledger(tmp_path, plan)
 
@@ -324,6 +326,7 @@ def test_a_shard_that_could_not_be_published_is_whole_in_the_journals(
 
 
 def test_an_exception_in_the_middle_of_a_shard_leaves_no_valid_looking_file(tmp_path: Path) -> None:
+    """Fault 4: an exception in the middle of a shard leaves no valid-looking file, and what was answered is kept."""
     plan = new_plan(tmp_path, 3)
     ledger = new_ledger(tmp_path, plan)
     with pytest.raises(ZeroDivisionError), contextlib.closing(ledger):

@@ -81,6 +81,7 @@ def test_a_published_shard_is_never_replaced_by_its_own_plan(tmp_path: Path) -> 
 def test_a_file_that_is_no_shard_of_this_plan_is_not_done_and_is_replaced(
     tmp_path: Path, content: bytes | None
 ) -> None:
+    """Fault 23: an empty or damaged file, or another plan's, under the name of a shard is not done and is replaced."""
     publish(tmp_path, who="other", plan_id="theirs")
     if content is not None:
         (tmp_path / "data/part-00000.parquet").write_bytes(content)
@@ -90,6 +91,7 @@ def test_a_file_that_is_no_shard_of_this_plan_is_not_done_and_is_replaced(
 
 
 def test_a_folder_with_the_name_of_a_shard_is_refused_by_name(tmp_path: Path) -> None:
+    """Fault 23: a folder with the name of a shard is not done, and is refused by name."""
     (tmp_path / "data/part-00000.parquet").mkdir(parents=True)
     assert published_shards(tmp_path / "data", "ours") == {}
     with pytest.raises(RunFailed, match=r"part-00000\.parquet is a folder"):
@@ -98,6 +100,7 @@ def test_a_folder_with_the_name_of_a_shard_is_refused_by_name(tmp_path: Path) ->
 
 
 def test_files_that_only_look_like_shards_are_not_counted(tmp_path: Path) -> None:
+    """Fault 23: part-00001.parquet.tmp, .DS_Store, x.json, other spellings, an empty file: none counts as done."""
     publish(tmp_path)
     data = tmp_path / "data"
     for name in ("part-00001.parquet.tmp", ".DS_Store", "x.json", "part-0002.parquet", "part-000000.parquet"):
@@ -125,6 +128,7 @@ def test_a_flipped_bit_anywhere_is_an_error_or_harmless_but_never_another_value(
 
 
 def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 9: the disk confirms a shard's content, then the shard gets its name, then the disk confirms the name."""
     steps: list[str] = []
 
     def traced(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,6 +146,8 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
 
 
 def test_an_error_of_the_disk_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 20: EIO when a shard is synced: it is not published, and no part of it is left."""
+
     def failing(number: int) -> None:
         raise OSError(5, "Input/output error")
 
@@ -152,6 +158,7 @@ def test_an_error_of_the_disk_publishes_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_directory_that_cannot_be_synced_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 20: EIO when the folder of a shard is synced ends the run."""
     real = os.fsync
 
     def failing(number: int) -> None:
@@ -166,7 +173,7 @@ def test_a_directory_that_cannot_be_synced_is_not_passed_over(tmp_path: Path, mo
 
 @pytest.mark.parametrize("limit_bytes", [0, 4, 1_000, 20_000, -200, -8, -1])
 def test_a_full_disk_ends_the_run_with_the_path_and_without_half_a_shard(tmp_path: Path, limit_bytes: int) -> None:
-    """Also where the room ends in the footer: negative limits count from the end of the file."""
+    """Fault 18: room ends in a shard or in its footer (limits from the end): path named, no part left."""
     publish(tmp_path, shard=1, rows=5_000)
     size = (tmp_path / "data/part-00001.parquet").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -182,6 +189,7 @@ def test_a_full_disk_ends_the_run_with_the_path_and_without_half_a_shard(tmp_pat
 
 
 def test_a_lost_reply_of_a_network_file_system_is_no_lost_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 20: link says EEXIST although it succeeded: the shard is this worker's."""
     real = os.link
 
     def link(source: Any, target: Any) -> None:
@@ -194,6 +202,8 @@ def test_a_lost_reply_of_a_network_file_system_is_no_lost_race(tmp_path: Path, m
 
 
 def test_without_hard_links_a_shard_is_published_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 20: a file system without hard links: shards are published, and never replaced by their own plan."""
+
     def link(source: Any, target: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
 
@@ -221,6 +231,7 @@ def test_who_is_slower_and_finds_the_work_folder_cleared_away_has_lost_and_not_f
 
 
 def test_the_output_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 25: blanks, Unicode, %3A, a dash, 240 bytes, quotes, links in the name of the output folder."""
     for name in ("with blank", "ümläut", "u\u0308", "%3A", "-dash", "a" * 240, "quote'\"", "*?["):
         (tmp_path / name).mkdir()
         assert publish(tmp_path / name) is True
@@ -229,3 +240,16 @@ def test_the_output_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest
     assert publish(tmp_path / "link") is False
     monkeypatch.chdir(tmp_path)
     assert publish(Path("-dash"), shard=7) is True
+
+
+def test_a_footer_with_a_name_that_is_no_text_is_a_damaged_footer(tmp_path: Path) -> None:
+    """Fault 22: pyarrow raises UnicodeDecodeError there; such a shard is not done, and whoever reads it is told."""
+    publish(tmp_path)
+    path = tmp_path / "data/part-00000.parquet"
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    assert content[footer:].count(b"row_index") >= 2
+    path.write_bytes(content[:footer] + content[footer:].replace(b"row_index", b"\xe9ow_index", 1))
+    with pytest.raises(RunFailed, match=r"part-00000\.parquet is damaged"):
+        read_shard(path)
+    assert published_shards(tmp_path / "data", "ours") == {}
