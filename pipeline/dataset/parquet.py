@@ -19,14 +19,13 @@ from pipeline.dataset.cells import holds_data_uri, origin
 from pipeline.dataset.files import Files, Span, files_table, is_local, joined, open_file
 from pipeline.dataset.ids import Ids, id_text, stand_in
 from pipeline.dataset.listing import Listing, listed, regular
+from pipeline.dataset.parquet_limits import FirstBytes, batch_rows
 from pipeline.dataset.table import TableRows, holds_bytes, kept_columns, plain_batch, plain_schema, rows_in, table_rows
 from pipeline.errors import RunFailed, UsageError, VlmBatchError
 from pipeline.records import Row
 
 _BATCH_ROWS = 32  # encoded pictures in memory at a time; part of no result
 _BUFFER_BYTES = 1 << 20  # column chunks are streamed through this, not loaded whole
-_BOMB_BYTES, _BOMB_RATIO = 1 << 28, 1000  # a row group that claims more than both is not unpacked
-_BATCH_BYTES = 1 << 26  # what a batch may have when each of its rows holds the largest value of a dictionary
 _NUM_THREADS = 8  # footers are small and, on an object store, far away
 
 
@@ -102,7 +101,7 @@ class ParquetRows:
         """Rows of one row group; it holds rows first <= row < last of the file."""
         row = first  # the file's row that comes next
         try:
-            for batch in _batches(file, group, self._table.needed):
+            for batch in _batches(file, self._first_bytes(span), group, self._table.needed):
                 skipped = max(span.start - row, 0)
                 part = batch.slice(skipped, max(min(span.stop - row, len(batch)) - skipped, 0))
                 if len(part):
@@ -133,13 +132,21 @@ class ParquetRows:
     ) -> Iterator[pa.Array | list[str]]:
         chunks, row = list[Any](), first
         try:
-            for batch in _batches(file, group, [column], 65536):
+            for batch in _batches(file, self._first_bytes(span), group, [column], 65536):
                 chunks.append(plain_batch(batch).column(0))
                 row += len(batch)
         except (OSError, pa.ArrowException, MemoryError):  # rows() says what is wrong
             pass
         yield from chunks
         yield [stand_in(span.path, number) for number in range(row, last)]
+
+    def _first_bytes(self, span: Span) -> FirstBytes:
+        def read(offset: int) -> bytes:
+            with open_file(self._root, span.path, span.size_bytes) as handle:
+                handle.seek(offset)
+                return handle.read(32)
+
+        return read
 
     def _opened(self, span: Span) -> pq.ParquetFile:
         if self._file is None or self._path != span.path:
@@ -183,34 +190,10 @@ def _groups(metadata: Any, span: Span) -> Iterator[tuple[int, int, int]]:
 
 
 def _batches(
-    file: pq.ParquetFile, group: int, columns: list[str], num_rows: int = _BATCH_ROWS
+    file: pq.ParquetFile, first_bytes: FirstBytes, group: int, columns: list[str], num_rows: int = _BATCH_ROWS
 ) -> Iterator[pa.RecordBatch]:
-    chunks = file.metadata.row_group(group)
-    for number in range(chunks.num_columns):
-        chunk = chunks.column(number)
-        if chunk.path_in_schema.split(".")[0] not in columns:
-            continue
-        claimed, stored = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
-        value = _largest_value(chunk)
-        in_lists = file.schema.column(number).max_repetition_level > 0
-        if in_lists and value > _BATCH_BYTES >> 4 and claimed > _BOMB_RATIO // 10 * stored:
-            claimed = max(claimed, value * chunk.num_values)  # one row may hold it so often
-        if claimed > max(_BOMB_BYTES, _BOMB_RATIO * stored):
-            raise pa.ArrowInvalid(f"column {chunk.path_in_schema} claims {claimed} bytes in {stored}")
-        num_rows = max(1, min(num_rows, _BATCH_BYTES // max(value, 1)))
+    num_rows = batch_rows(file, first_bytes, group, columns, num_rows)
     yield from file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False)
-
-
-def _largest_value(chunk: Any) -> int:
-    """What a value of a dictionary may have in bytes at most: rows that repeat it cost nothing in the file.
-
-    The dictionary is what the chunk has unpacked besides its data pages, which have at least what is stored of them.
-    """
-    if not chunk.has_dictionary_page:
-        return 0
-    stored_dictionary = chunk.data_page_offset - (chunk.dictionary_page_offset or 0)
-    stored_pages = chunk.total_compressed_size - stored_dictionary
-    return int(chunk.total_uncompressed_size - max(stored_pages, 0))
 
 
 def _common_schema(config: DatasetConfig, paths: list[str], schemas: list[pa.Schema]) -> tuple[pa.Schema, list[str]]:

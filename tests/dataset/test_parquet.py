@@ -240,7 +240,7 @@ def test_a_row_group_that_claims_far_more_than_it_stores_is_not_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = table_at(tmp_path / "a.parquet", {"image": [b"\0" * 4_000_000]}, compression="zstd", use_dictionary=False)
-    monkeypatch.setattr("pipeline.dataset.parquet._BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.dataset.parquet_limits._BOMB_BYTES", 1 << 20)
     (row,) = rows_of(ParquetConfig(path=str(file)))
     assert row.fault is not None
     assert "claims" in row.fault.message
