@@ -186,7 +186,10 @@ def _run(call: _Call) -> int:
     if not fresh:
         done = f"All {status.plan.num_records:,} rows are done already" if only is None else "No such error row is left"
         print(f"{done}; no model was loaded.")
-        print(f"input    as listed {status.plan.created}; resume=extend takes in what was added since")
+        if config.resume is Resume.extend:
+            print("input    nothing was added to it")
+        else:
+            print(f"input    as listed {status.plan.created}; resume=extend takes in what was added since")
     for line in status_lines(output_dir, status):
         print(_shown(line))
     for worker in fresh:

@@ -42,4 +42,7 @@ class Tally:
         if answer.fault is not None:
             error = f"{answer.fault.stage}/{answer.fault.kind}"
             self.errors[error] += 1
-            self.examples.setdefault(error, f"{answer.id}: {answer.fault.message}"[:_MAX_EXAMPLE_CHARACTERS])
+            message = answer.fault.message
+            # Of an image file mostly with its path, which says more than the id.
+            named = message if f"/{answer.id}:" in f"/{message}" else f"{answer.id}: {message}"
+            self.examples.setdefault(error, named[:_MAX_EXAMPLE_CHARACTERS])

@@ -311,3 +311,14 @@ def test_composing_leaves_no_trace_of_the_one_before(tmp_path: Path) -> None:
 def test_a_number_out_of_its_range_is_refused_by_its_key(word: str) -> None:
     with pytest.raises(UsageError, match=f"{word.partition('=')[0]}=.*expected at"):
         compose([word])
+
+
+def test_a_folder_of_images_has_a_prompt_that_needs_no_column() -> None:
+    """The default question is a column, and files have none; who chooses a prompt has that one."""
+    described = config("dataset=images", "dataset.path=photos").prompt.user
+    assert described.startswith("Describe this image")
+    assert config("dataset=images", "dataset.path=photos", "prompt=tags").prompt.user.startswith("List 5 to 20 tags")
+    assert config("dataset=images", "dataset.path=photos", "prompt.user=Why?").prompt.user == "Why?"
+    ocr = config("experiment=ocr_pages", "dataset.path=scans", "vlm.path=m").prompt.user
+    assert ocr.startswith("Transcribe all text")
+    assert config().prompt.user == "{{ question }}"
