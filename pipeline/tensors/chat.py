@@ -15,6 +15,12 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
+from pipeline.errors import RowFault
+from pipeline.records import Stage
+from pipeline.tensors.time_limit import time_limit
+
+_MOST_SECONDS = 10.0  # for a conversation; templates take milliseconds
+
 Turn = Mapping[str, Any]  # {"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}
 
 # What chat templates and processors were seen to raise on a row they do not like: an image of 1 x 5000 divides by zero,
@@ -143,8 +149,13 @@ class PlainForm:
 def rendered(
     processor: Any, template: str, messages: Sequence[Turn], *, add_generation_prompt: bool, date: str | None
 ) -> str:
-    """One rendering of a chat template by transformers, whose sandbox it runs in, on the given day."""
-    with _today(date):
+    """One rendering of a chat template by transformers, whose sandbox it runs in, on the given day.
+
+    Raises:
+        RowFault: it does not come to an end; the sandbox forbids much, and no loop within a loop.
+    """
+    endless = RowFault(Stage.TEMPLATE, "TemplateTimeout", f"the chat template took more than {_MOST_SECONDS:g} s")
+    with _today(date), time_limit(_MOST_SECONDS, endless):
         text = processor.apply_chat_template(
             list(messages), chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
         )

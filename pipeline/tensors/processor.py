@@ -79,7 +79,8 @@ class Processor:
         except Exception as problem:  # an option of a wrong kind fails in a way of its own for every picture
             raise RunFailed(
                 f"the processor in {source.folder} with vlm.processor={dict(source.options)} cannot prepare a picture: "
-                f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+                f"{problem.kind if isinstance(problem, RowFault) else type(problem).__name__}: "
+                f"{' '.join(str(problem).split())[:300]}"
             ) from problem
 
         self.ship(source.shipping)

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from hostile_run import records, start
 
-from pipeline.errors import RowFault, UsageError
+import pipeline
+from pipeline.errors import RowFault, RunFailed, UsageError
 from pipeline.prompt.template import PromptConfig
 from pipeline.records import ImageRef, Row
+from pipeline.tensors.processor import Processor, ProcessorSource
+
+DEMO_MODEL = Path(pipeline.__file__).parent / "vlm" / "demo"
 
 PAYLOADS = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -67,3 +71,24 @@ def test_rows_that_look_like_templates_are_asked_about_as_they_are(tmp_path: Pat
         ("ok", f"{payload} {payload}", payload) for payload in PAYLOADS
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_chat_template_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault S-4: a chat template that loops without an end is ended after some seconds: refused, or a row fault."""
+    monkeypatch.setattr("pipeline.tensors.chat._MOST_SECONDS", 0.5)
+    source = ProcessorSource(str(DEMO_MODEL), chat_template=ENDLESS)
+    with pytest.raises(RunFailed, match=r"cannot prepare a picture: TemplateTimeout: the chat template took more than"):
+        Processor(source)
+    only_then = "{% if 'Ada' in messages | string %}" + ENDLESS + "{% endif %}"
+    own = (DEMO_MODEL / "chat_template.jinja").read_text()
+    processor = Processor(ProcessorSource(str(DEMO_MODEL), chat_template=only_then + own))
+    for name, fails in (("Bob", False), ("Ada", True), ("Bob", False)):
+        turns = [{"role": "user", "content": [{"type": "text", "text": f"Who is {name}?"}]}]
+        if fails:
+            with pytest.raises(RowFault, match="took more than"):
+                processor.encode(turns, [])
+        else:
+            assert processor.encode(turns, []).num_prompt_tokens
