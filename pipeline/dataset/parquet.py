@@ -167,7 +167,7 @@ def _parquet_file(root: str, path: str, size_bytes: int, error: type[VlmBatchErr
     try:
         # Flipped bits are read as other values unless checksums are verified.
         return pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
-    except (OSError, pa.ArrowException, MemoryError) as cause:
+    except (OSError, ValueError, TypeError, pa.ArrowException, MemoryError) as cause:  # of an extension type, too
         raise error(f"{joined(root, path)} is no readable Parquet file: {cause}") from cause
 
 
