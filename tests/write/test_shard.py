@@ -243,7 +243,7 @@ def test_the_output_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_footer_with_a_name_that_is_no_text_is_a_damaged_footer(tmp_path: Path) -> None:
-    """Fault 22: pyarrow raises UnicodeDecodeError there; such a shard is not done, and whoever reads it is told."""
+    """Fault 22: a column name in the footer that is no UTF-8: the shard is not done, and whoever reads it is told."""
     publish(tmp_path)
     path = tmp_path / "data/part-00000.parquet"
     content = path.read_bytes()
