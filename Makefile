@@ -36,7 +36,7 @@ slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture a
 	$(BIN)/python -m pytest -m "slow and not torture"
 
 torture: $(VENV)/.dev  ## kills by the hundred, at every named point, in the middle of writes; a table of what was lost (25 minutes)
-	$(BIN)/python -m pytest tests/torture -m "torture or not torture" --timeout 1800 --faults-page
+	$(BIN)/python -m pytest tests/torture -m "torture or not slow" --timeout 1800 --faults-page
 
 coverage: $(VENV)/.dev  ## branch coverage of make test's tests, in this process alone; at least 90 % (15 minutes)
 	$(BIN)/coverage run -m pytest
