@@ -32,7 +32,7 @@ _MIDDLE = """
 
 
 def table_lines() -> Iterator[str]:
-    """What was tried in this session, as a table of Markdown."""
+    """What was tried by these tests, as a table of Markdown."""
     yield "| tried | faults | rows lost | rows doubled | wrong answers | generated twice | at most by one start |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, found in TRIED.items():

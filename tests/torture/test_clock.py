@@ -49,6 +49,12 @@ def generated_twice(box: Box) -> set[int]:
     return {int(key.partition("/")[0]) // SHARD_ROWS for key, number in box.made().items() if number > 1}
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether no thread of the process goes on: the signal is sent before the last one has obeyed it."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("lease_seconds", "num_rounds"), [(3, 1), pytest.param(3, 5, marks=pytest.mark.torture)], ids=["once", "often"]
@@ -66,6 +72,7 @@ def test_a_worker_that_sleeps_past_its_lease(
             num_made = 20 + 25 * number
             wait_until(lambda: box.made().total() >= num_made, "rows of the first worker", sleeper)  # noqa: B023
             os.killpg(sleeper.pid, signal.SIGSTOP)
+            wait_until(lambda: is_stopped(sleeper.pid), "the stop", sleeper)  # noqa: B023 - a thread in fsync stops after it
             held = owners(box)
             assert held, "a worker with rows on their way has no claim"
             other = box.start()
