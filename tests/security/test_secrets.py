@@ -179,12 +179,14 @@ def test_a_row_cannot_make_the_search_for_secrets_take_for_ever(text: str) -> No
 
 
 def test_names_that_hold_secrets() -> None:
-    variables = {"AWS_SESSION_TOKEN": "x" * 20, "PGPASSWORD": "y" * 20, "OPENAI_API_KEY": "z" * 20}
+    variables = {"AWS_SESSION_TOKEN": "x" * 20, "PGPASSWORD": "y" * 20, "OPENAI_API_KEY": "z" * 20, "DB_PWD": "p" * 20}
     others = {
         "TOKENIZERS_PARALLELISM": "x" * 20,
         "HF_TOKEN_PATH": "/a/very/long/path",
         "MY_TOKEN": "short",
         "HOME": "h" * 20,
+        "PWD": "/where/the/shell/is",
+        "OLDPWD": "/where/the/shell/was",
     }
     assert secret_variables(variables | others) == variables
     assert all(
