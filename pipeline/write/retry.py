@@ -72,7 +72,7 @@ class Retry:
         )
 
     def reached(self, shard: Shard) -> ShardSummary | None:
-        roll_forward(self._work_dir, self._first.data_dir, self.plan_id, [shard.name])
+        self._put_in_place(shard)
         summary = summary_of_plan(self._first.final(shard), self.plan_id)
         return summary if summary is not None and summary.generation >= self._targets[shard.number] else None
 
@@ -103,8 +103,13 @@ class Retry:
             confirm=self._first.confirm,
         )
         crash_point("generation_published")
-        roll_forward(self._work_dir, self._first.data_dir, self.plan_id, [shard.name])
+        self._put_in_place(shard)
         return won
+
+    def _put_in_place(self, shard: Shard) -> None:
+        generation = self._targets[shard.number]  # one file: to list work/ for each shard would cost shards squared
+        path = self._work_dir / f"{shard.name}.g{generation}.parquet"
+        put_in_place(path, self._first.final(shard), generation, self.plan_id)
 
 
 def is_meant(error: str, only: Collection[str]) -> bool:
@@ -118,40 +123,46 @@ def generations(work_dir: Path) -> Iterator[tuple[str, int, Path]]:
     yield from sorted((match[1], int(match[2]), path) for match, path in found if match)
 
 
-def roll_forward(work_dir: Path, data_dir: Path, plan_id: str, names: Collection[str] | None = None) -> None:
-    """Put next generations in the place of their shards' files, where nobody has done it. names: None = all shards.
+def roll_forward(work_dir: Path, data_dir: Path, plan_id: str) -> None:
+    """Put next generations in the place of their shards' files, where nobody has done it.
 
     Raises:
         RunFailed: the folder cannot be written.
     """
     for name, generation, path in generations(work_dir):
-        if names is not None and name not in names:
-            continue
-        final = data_dir / f"{name}.parquet"
-        now, then = summary_of_plan(final, plan_id), summary_of_plan(path, plan_id)
-        if now is None or then is None or (now.generation, then.generation) != (generation - 1, generation):
-            continue
-        second_name = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        put_in_place(path, data_dir / f"{name}.parquet", generation, plan_id)
+
+
+def put_in_place(path: Path, final: Path, generation: int, plan_id: str) -> None:
+    """Put one next generation in the place of its shard's file; nothing where it is not there, or not the next.
+
+    Raises:
+        RunFailed: the folder cannot be written.
+    """
+    now, then = summary_of_plan(final, plan_id), summary_of_plan(path, plan_id)
+    if now is None or then is None or (now.generation, then.generation) != (generation - 1, generation):
+        return
+    second_name = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
         try:
-            try:
-                os.link(path, second_name)
-            except FileExistsError:  # nobody else knows the name: a lost reply of a link that was made (NFS)
-                pass
-            except OSError as problem:
-                if problem.errno not in NO_HARD_LINKS:
-                    raise
-                second_name = path
-            os.replace(second_name, final)
-            crash_point("generation_in_place")
-            sync_directory(final.parent)
-        except FileNotFoundError:  # by another worker, which has cleared work/ away
-            continue
+            os.link(path, second_name)
+        except FileExistsError:  # nobody else knows the name: a lost reply of a link that was made (NFS)
+            pass
         except OSError as problem:
-            raise RunFailed(f"{final} cannot be replaced by {path}: {problem}.") from problem
-        finally:
-            if second_name != path:
-                with suppress(OSError):
-                    second_name.unlink()
+            if problem.errno not in NO_HARD_LINKS:
+                raise
+            second_name = path
+        os.replace(second_name, final)
+        crash_point("generation_in_place")
+        sync_directory(final.parent)
+    except FileNotFoundError:  # by another worker, which has cleared work/ away
+        return
+    except OSError as problem:
+        raise RunFailed(f"{final} cannot be replaced by {path}: {problem}.") from problem
+    finally:
+        if second_name != path:
+            with suppress(OSError):
+                second_name.unlink()
 
 
 def strays(work_dir: Path, generations_done: Mapping[str, int]) -> Iterator[Path]:

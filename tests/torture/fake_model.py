@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -132,16 +132,22 @@ def fake_preparation(options: PreparationOptions) -> Preparation:
 
 
 def fake_workers(
-    config: RunConfig, plan: Plan, identity: ModelIdentity, template: Template, *_: object
+    config: RunConfig,
+    plan: Plan,
+    identity: ModelIdentity,
+    template: Template,
+    *_: object,
+    prepare: Callable[[PreparationOptions], Preparation] = fake_preparation,
 ) -> WorkerPool[Task, list[EncodedSample | Answer]]:
+    """prepare: builds what runs in a worker process, from its own module."""
     options = assembly.preparation_options(config, identity, template, plan.fingerprint)
     return WorkerPool(
-        partial(fake_preparation, options),
+        partial(prepare, options),
         num_workers=config.engine.num_workers or 1,
         task_seconds=config.engine.worker_timeout_seconds,
         memory_bytes=config.engine.worker_memory_bytes,
         max_waiting=64,
-        preload=("fake_model",),
+        preload=(prepare.__module__,),
     )
 
 

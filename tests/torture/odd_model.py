@@ -21,16 +21,11 @@ import fake_model
 from fake_model import FakeEngine
 from PIL import Image
 
-from pipeline import assembly, preparation, run
+from pipeline import preparation, run
 from pipeline.__main__ import main
-from pipeline.config import RunConfig
-from pipeline.plan import Plan
-from pipeline.preparation import Preparation, PreparationOptions, Task
+from pipeline.preparation import Preparation, PreparationOptions
 from pipeline.prompt.image import OpenedImage, decode_image
-from pipeline.prompt.template import Template
 from pipeline.records import Answer, EncodedSample, ImageRef
-from pipeline.tensors.pool import WorkerPool
-from pipeline.vlm.identity import ModelIdentity
 
 LONE, NUL = "<a lone surrogate>", "<NUL>"
 
@@ -89,20 +84,6 @@ def odd_preparation(options: PreparationOptions) -> Preparation:
     return fake_model.fake_preparation(options)
 
 
-def odd_workers(
-    config: RunConfig, plan: Plan, identity: ModelIdentity, template: Template, *_: object
-) -> WorkerPool[Task, list[EncodedSample | Answer]]:
-    options = assembly.preparation_options(config, identity, template, plan.fingerprint)
-    return WorkerPool(
-        partial(odd_preparation, options),
-        num_workers=config.engine.num_workers or 1,
-        task_seconds=config.engine.worker_timeout_seconds,
-        memory_bytes=config.engine.worker_memory_bytes,
-        max_waiting=64,
-        preload=("odd_model",),
-    )
-
-
 class OddEngine(FakeEngine):
     """Says what its input cannot hold."""
 
@@ -115,6 +96,6 @@ class OddEngine(FakeEngine):
 def start() -> None:
     """What `python -m pipeline` does, with the odd model."""
     fake_model.install()
-    run.workers = odd_workers  # type: ignore[assignment, attr-defined]
+    run.workers = partial(fake_model.fake_workers, prepare=odd_preparation)  # type: ignore[assignment, attr-defined]
     run.build_engine = lambda config, identity, batcher, stop: OddEngine(stop)  # type: ignore[assignment, attr-defined, return-value]
     sys.exit(main())

@@ -192,7 +192,7 @@ def test_who_comes_after_all_was_cleared_away_leaves_nothing(tmp_path: Path) -> 
 def killed_before_the_swap(output_dir: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """All answers of shard 0 are in work/part-00000.g1.parquet, and data/ is as it was."""
     with monkeypatch.context() as patch:
-        patch.setattr(retry_module, "roll_forward", lambda *_: None)
+        patch.setattr(retry_module, "put_in_place", lambda *_: None)
         ledger = new_ledger(output_dir, plan, "killed", only=())
         answered_again(ledger, plan, 0)
         ledger.close()
