@@ -11,7 +11,8 @@ from test_begun_rows import questions
 from test_slots_engine import answers_of, engines_of, failing, many, tried  # noqa: F401
 
 from pipeline.vlm.options import DecodeAttention
-from pipeline.vlm.slots import attention, fit, prefix_attention
+from pipeline.vlm.slots import attention, decode_kernel, fit, prefix_attention
+from pipeline.vlm.slots.decode_kernel import Kernel, kernels
 from pipeline.vlm.slots.loop import SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefix import Prefix
@@ -24,14 +25,16 @@ ROWS = ((0, 5, 9), (None, 70, 9), (1, 1, 9), (0, 3, 80), (0, 8, 9), (2, 4, 9), (
 PREFIXES = (40, 23, 700)
 
 
-def memory_of_rows(leaving: tuple[int, ...], dtype: torch.dtype) -> tuple[SlotMemory, list[Slot], list[Any]]:
+def memory_of_rows(
+    leaving: tuple[int, ...], dtype: torch.dtype, kernel: Kernel
+) -> tuple[SlotMemory, list[Slot], list[Any]]:
     """A memory, the slots of its rows as a loop would order them, and each row's keys and values [H, T, D]."""
 
     def drawn(num_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         keys, values = torch.randn(2, HEADS, num_tokens, SIZE).to(dtype)
         return [(keys, values)]
 
-    memory = SlotMemory(max_slots=16, max_cells=100_000, kernel=None, shares_prefixes=True)
+    memory = SlotMemory(max_slots=16, max_cells=100_000, kernel=kernel, shares_prefixes=True)
     prefixes = [Prefix(None, drawn(num_tokens), torch.zeros(1)) for num_tokens in PREFIXES]
     entered = []
     for which, num_tokens, num_new_tokens in ROWS:
@@ -52,14 +55,19 @@ def memory_of_rows(leaving: tuple[int, ...], dtype: torch.dtype) -> tuple[SlotMe
     return memory, slots, [whole for _, whole in staying]
 
 
+@pytest.fixture(params=["matmul", "sdpa"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return kernels(torch.device("cpu"))[request.param]
+
+
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("leaving", [(), (1, 6), (0, 3, 4), (0,), (2, 5, 7)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_each_row_attends_to_its_prefix_and_its_own_cells(
-    group: int, leaving: tuple[int, ...], dtype: torch.dtype, bound: float
+    group: int, leaving: tuple[int, ...], dtype: torch.dtype, bound: float, kernel: Kernel
 ) -> None:
     torch.manual_seed(0)
-    memory, slots, wholes = memory_of_rows(leaving, dtype)
+    memory, slots, wholes = memory_of_rows(leaving, dtype, kernel)
     query_BHGD = torch.randn(len(slots), HEADS, group, SIZE).to(dtype)
     assert memory.cache is not None
     found_BHGD = attend_to_both(memory.cache.layers[0], query_BHGD, 0.3)
@@ -70,14 +78,14 @@ def test_each_row_attends_to_its_prefix_and_its_own_cells(
         torch.testing.assert_close(found_BHGD[row].float(), wanted_HGD, rtol=bound, atol=bound)
 
 
-def test_what_is_infinite_in_one_familys_row_stays_there() -> None:
+def test_what_is_infinite_in_one_familys_row_stays_there(kernel: Kernel) -> None:
     torch.manual_seed(0)
-    memory, slots, _ = memory_of_rows((), torch.float32)
+    memory, slots, _ = memory_of_rows((), torch.float32, kernel)
     query_BHGD = torch.randn(len(slots), HEADS, 1, SIZE)
     assert memory.cache is not None
     [layer] = memory.cache.layers
     before = attend_to_both(layer, query_BHGD, 0.3)
-    slots[0].pool.keys_NHSD[0][slots[0].index, :, 0] = torch.nan
+    slots[0].pool.keys_KNHSD[0][0, slots[0].index, :, 0] = torch.nan
     after = attend_to_both(layer, query_BHGD, 0.3)
     assert after[0].isnan().all() and torch.equal(after[1:], before[1:])
 
@@ -144,21 +152,27 @@ def test_where_it_does_not_fit_each_row_has_a_prefix_of_its_own(
 
 
 @pytest.mark.parametrize("by", ["request", "trial"])
-def test_another_kernel_reads_each_rows_own_copy(by: str, families: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["matmul", "sdpa", "flash"])
+def test_kernels_that_give_no_sums_read_each_rows_own_copy(
+    name: str, by: str, families: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash = Kernel("flash", decode_kernel.sdpa)
+    monkeypatch.setattr(fit, "kernels", lambda device: kernels(device) | {"flash": flash})
     options: dict[str, Any] = {}
     if by == "trial":
-        monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: "matmul")
+        monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: name)
     else:
-        options["decode_attention"] = DecodeAttention.matmul
+        options["decode_attention"] = DecodeAttention(name)
     slots, static = engines_of(**options)
     given = questions(7)
     assert answers_of(slots, given) == answers_of(static, given)
-    assert slots.numerics["decode_attention"] == "matmul" and slots.fit._shares and max(families) == 0
+    assert slots.numerics["decode_attention"] == name and slots.fit._shares
+    assert bool(max(families)) is (name != "flash")
 
 
 @pytest.mark.parametrize("kind", [{"sliding_window": 5}, {"softcap": 2.0}])
-def test_attention_of_another_kind_is_refused(kind: dict[str, Any]) -> None:
-    memory, slots, _ = memory_of_rows((), torch.float32)
+def test_attention_of_another_kind_is_refused(kind: dict[str, Any], kernel: Kernel) -> None:
+    memory, slots, _ = memory_of_rows((), torch.float32, kernel)
     assert memory.cache is not None
     key = torch.zeros(len(slots), HEADS, 1, SIZE)
     key.slot_layer = memory.cache.layers[0]  # type: ignore[attr-defined]

@@ -11,13 +11,15 @@ from test_slots_engine import answers_of, engines_of, many
 
 from pipeline.errors import UsageError
 from pipeline.vlm.options import DecodeAttention
-from pipeline.vlm.slots import attention, fit, pool
-from pipeline.vlm.slots.attention import KERNELS
+from pipeline.vlm.slots import attention, decode_kernel, fit, pool
+from pipeline.vlm.slots.decode_kernel import Kernel, kernels
 from pipeline.vlm.slots.pool import Pool
 from pipeline.vlm.slots.share import Share
 
 HEADS, CELLS, SIZE = 2, 24, 8
 INDEX, LENGTHS = (0, 2, 3), (6, 1, 20)  # live slots of four, and how many cells each has filled before
+CPU = torch.device("cpu")
+FLASH = Kernel("flash", decode_kernel.flash)
 
 
 def flash_forward(
@@ -61,24 +63,32 @@ def flash_forward(
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
         monkeypatch.setattr(pool, "_TOKEN_BY_TOKEN", {"cpu"})
-    monkeypatch.setattr(attention, "_flash_forward", flash_forward)
+    monkeypatch.setattr(decode_kernel, "_flash_forward", flash_forward)
     return bool(request.param)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["matmul", "matmul in blocks", "sdpa", "flash"])
 def test_each_row_attends_to_its_own_cells(
-    name: str, group: int, window: int | None, softcap: float | None, layout: bool
+    name: str,
+    group: int,
+    window: int | None,
+    softcap: float | None,
+    layout: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    slots = Pool(CELLS)
+    monkeypatch.setattr(pool, "_BLOCK_CELLS", 8)
+    slots = Pool(CELLS, in_blocks=name == "matmul in blocks")
     keys, values = (slots.storage(torch.empty(HEADS, 1, SIZE), 4).normal_() for _ in range(2))
-    assert keys.is_contiguous() is not layout
+    assert keys.is_contiguous() is not layout and len(keys) == (3 if name == "matmul in blocks" else 1)
     share = Share(slots, 0, 3, torch.tensor(INDEX), 4, torch.tensor(LENGTHS), max(LENGTHS) + 1)
     query = torch.randn(4, HEADS, group, SIZE)
-    found = KERNELS[name](query, keys, values, share, window, 0.3, softcap)
+    attend = getattr(decode_kernel, name.split()[0])
+    found = attend(query, keys, values, share, window, 0.3, softcap)
+    keys, values = torch.cat(list(keys), 2), torch.cat(list(values), 2)
     for index, length in zip(INDEX, LENGTHS, strict=True):
         first = 0 if window is None else max(0, length + 1 - window)
         scores = 0.3 * query[index] @ keys[index, :, first : length + 1].transpose(-1, -2)
@@ -96,11 +106,11 @@ def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.Monk
         seen.extend((keys.data_ptr(), values.data_ptr()))
         return flash_forward(query, keys, values, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "_flash_forward", watching)
+    monkeypatch.setattr(decode_kernel, "_flash_forward", watching)
     slots = Pool(CELLS)
     keys, values = (slots.storage(torch.empty(HEADS, 1, SIZE), 4).normal_() for _ in range(2))
     share = Share(slots, 0, 3, torch.arange(3), 3, torch.tensor(LENGTHS), 21)
-    KERNELS["flash"](torch.randn(3, HEADS, 1, SIZE), keys[:3], values[:3], share, None, 1.0, None)
+    decode_kernel.flash(torch.randn(3, HEADS, 1, SIZE), keys[:, :3], values[:, :3], share, None, 1.0, None)
     assert seen == [keys.data_ptr(), values.data_ptr()]
 
 
@@ -108,6 +118,7 @@ def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.Monk
 def test_answers_by_flash_attention_are_those_of_padded_batches(
     name: str, layout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fit, "kernels", lambda device: kernels(device) | {"flash": FLASH})
     monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: "flash")
     slots, static = engines_of(name)
     given = many(name)
@@ -123,14 +134,14 @@ def test_of_the_kernels_the_fastest_that_works_is_taken(monkeypatch: pytest.Monk
         time.sleep(0.05)
         return sdpa(*args)
 
-    sdpa = KERNELS["sdpa"]
+    sdpa = decode_kernel.sdpa
     like = torch.zeros(HEADS, 1, SIZE)
     for other, wanted in ((refuses, "sdpa"), (slow, "sdpa")):
-        monkeypatch.setitem(KERNELS, "matmul", other)
-        assert attention.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == wanted
+        monkeypatch.setattr(decode_kernel, "matmul", other)
+        assert decode_kernel.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == wanted
     monkeypatch.undo()
-    monkeypatch.setitem(KERNELS, "sdpa", slow)
-    assert attention.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == "matmul"
+    monkeypatch.setattr(decode_kernel, "sdpa", slow)
+    assert decode_kernel.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == "matmul"
 
 
 @pytest.mark.parametrize("problem", ["it raises", "it is wrong"])
@@ -138,10 +149,11 @@ def test_a_kernel_is_tried_on_the_model_before_it_is_used(problem: str, monkeypa
     def bad(*args: Any) -> torch.Tensor:
         if problem == "it raises":
             raise RuntimeError("head of 12 dimensions")
-        return attention.sdpa(*args) * 1.1
+        return right(*args) * 1.1
 
+    right = decode_kernel.matmul
     monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: "matmul")
-    monkeypatch.setitem(KERNELS, "matmul", bad)
+    monkeypatch.setattr(decode_kernel, "matmul", bad)
     slots, static = engines_of()
     given = many()
     assert answers_of(slots, given) == answers_of(static, given)
@@ -163,10 +175,21 @@ def test_the_last_kernel_to_fail_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     def refuses(*args: Any) -> torch.Tensor:
         raise RuntimeError("head of 12 dimensions")
 
-    for name in KERNELS:
-        monkeypatch.setitem(KERNELS, name, refuses)
+    for name in kernels(CPU):
+        monkeypatch.setattr(decode_kernel, name, refuses)
     with pytest.raises(RuntimeError, match="head of 12 dimensions"):
-        attention.fastest(torch.zeros(HEADS, 1, SIZE), num_rows=4, num_heads=HEADS, num_cells=10)
+        decode_kernel.fastest(torch.zeros(HEADS, 1, SIZE), num_rows=4, num_heads=HEADS, num_cells=10)
+
+
+def test_a_step_over_blocks_copies_no_keys() -> None:
+    """oneDNN's products copy what is not contiguous: neither slots that are free nor cells not yet filled may be."""
+    slots = Pool(1024, in_blocks=True)
+    keys = slots.storage(torch.empty(HEADS, 1, SIZE), 8)
+    share = Share(slots, 0, 3, torch.arange(3), 3, torch.tensor([5, 300, 200]), 301)
+    blocks = decode_kernel._blocks(keys[:, :3], share)
+    assert [tuple(block.shape) for block in blocks] == [(3, HEADS, 128, SIZE)] * 3
+    assert all(block.is_contiguous() for block in blocks)
+    assert [block.data_ptr() for block in blocks] == [keys[number].data_ptr() for number in range(3)]
 
 
 def test_flash_attention_on_a_cpu_is_refused() -> None:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.vlm.slots.decode_kernel import Kernel, kernels
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.pool import KeysAndValues, Pool
 from pipeline.vlm.slots.prefix import Prefix
 
 HEADS, SIZE = 2, 4
+
+
+@pytest.fixture(params=[False, True], ids=["one block", "in blocks"], autouse=True)
+def in_blocks(request: pytest.FixtureRequest) -> bool:
+    global kernel
+    kernel = kernels(torch.device("cpu"))["matmul" if request.param else "sdpa"]
+    assert kernel.in_blocks is request.param
+    return kernel.in_blocks
+
+
+kernel: Kernel
 
 
 def cells(num_tokens: int, fill: float = 1.0) -> KeysAndValues:
@@ -22,7 +34,7 @@ def prefix_of(num_tokens: int, fill: float = 1.0) -> Prefix:
 
 
 def memory_of(*, max_slots: int = 8, max_cells: int = 10_000, shares_prefixes: bool = False) -> SlotMemory:
-    return SlotMemory(max_slots=max_slots, max_cells=max_cells, kernel=None, shares_prefixes=shares_prefixes)
+    return SlotMemory(max_slots=max_slots, max_cells=max_cells, kernel=kernel, shares_prefixes=shares_prefixes)
 
 
 def enter(memory: SlotMemory, num_tokens: int, *, fill: float = 1.0, prefix: Prefix | None = None) -> Slot | None:
@@ -33,8 +45,13 @@ def enter(memory: SlotMemory, num_tokens: int, *, fill: float = 1.0, prefix: Pre
 
 def filled(slot: Slot) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values [H, S, D] of a slot in each layer."""
-    both = zip(slot.pool.keys_NHSD, slot.pool.values_NHSD, strict=True)
-    return [(keys_NHSD[slot.index], values_NHSD[slot.index]) for keys_NHSD, values_NHSD in both]
+    both = zip(slot.pool.keys_KNHSD, slot.pool.values_KNHSD, strict=True)
+    return [(whole(keys_KNHSD, slot.index), whole(values_KNHSD, slot.index)) for keys_KNHSD, values_KNHSD in both]
+
+
+def whole(cells_KNHSD: torch.Tensor, index: int) -> torch.Tensor:
+    """The cells of a slot [H, S, D], one block behind the other."""
+    return torch.cat(list(cells_KNHSD[:, index]), 1)
 
 
 def test_one_long_row_does_not_size_all_slots() -> None:
@@ -77,6 +94,39 @@ def test_growing_keeps_what_is_there_and_new_cells_are_zero() -> None:
             assert not keys_HSD[:, 8:].any()
 
 
+def test_rows_longer_than_a_block_lie_in_several(in_blocks: bool) -> None:
+    memory = memory_of(max_cells=100_000)
+    for num_tokens in (127, 128, 129, 300, 1000):
+        keys, values = torch.randn(2, HEADS, num_tokens, SIZE)
+        slot = memory.enter([(keys, values)], prefix_of(200), 50) if num_tokens < 1000 else None
+        slot = slot or memory.enter([(keys, values)], None, 50)
+        assert slot is not None
+        assert (slot.pool.num_blocks > 1) is in_blocks
+        first = slot.num_tokens - num_tokens
+        [(keys_HSD, values_HSD)] = filled(slot)[:1]
+        assert torch.equal(keys_HSD[:, first : slot.num_tokens], keys)
+        assert torch.equal(values_HSD[:, first : slot.num_tokens], values)
+        assert not keys_HSD[:, slot.num_tokens :].any() and (keys_HSD[:, :first] == 1).all()
+        assert keys_HSD.shape[1] >= slot.num_tokens + 50
+
+
+def test_a_step_writes_one_cell_of_each_row() -> None:
+    memory = memory_of(max_slots=4, max_cells=100_000)
+    slots = [memory.enter(cells(num_tokens), None, 200) for num_tokens in (100, 127, 128, 140)]
+    rows = sorted((slot for slot in slots if slot), key=lambda slot: (slot.pool.num_cells, slot.index))
+    assert len(rows) == 4 and memory.cache is not None
+    memory.arrange(rows, torch.tensor([slot.num_tokens for slot in rows]))
+    memory.begin_step(rows)
+    keys, values = torch.randn(2, 4, HEADS, 1, SIZE)
+    memory.cache.layers[1].update(keys, values)
+    for row, slot in enumerate(rows):
+        (before_HSD, _), (keys_HSD, values_HSD) = filled(slot)
+        assert torch.equal(keys_HSD[:, slot.num_tokens], keys[row, :, 0])
+        assert torch.equal(values_HSD[:, slot.num_tokens], values[row, :, 0])
+        keys_HSD[:, slot.num_tokens] = 0
+        assert torch.equal(before_HSD, keys_HSD)  # of the other layer
+
+
 def test_a_wiped_slot_holds_nothing() -> None:
     memory = memory_of()
     slot = enter(memory, 20, fill=float("nan"))
@@ -92,7 +142,7 @@ def test_other_storage_has_another_generation() -> None:
     for _ in range(20):
         slot = enter(memory, 50)
         assert slot is not None
-        addresses = [tensor.data_ptr() for tensor in (*slot.pool.keys_NHSD, *slot.pool.values_NHSD)]
+        addresses = [tensor.data_ptr() for tensor in (*slot.pool.keys_KNHSD, *slot.pool.values_KNHSD)]
         assert seen.setdefault(slot.pool.generation, addresses) == addresses
     assert len(seen) > 2
     other = enter(memory_of(), 50)
@@ -122,8 +172,8 @@ def test_rows_of_one_prefix_have_it_once_and_as_long_as_there_is_one_of_them() -
     assert slots[3].prefix is not None and slots[3].prefix.index != held.index and slots[3].prefix.pool is held.pool
     for slot, fill in ((slots[0], 1.0), (slots[3], 3.0)):
         assert slot.prefix is not None
-        for keys_NHSD in slot.prefix.pool.keys_NHSD:
-            assert keys_NHSD[slot.prefix.index, 0, :, 0].tolist() == [fill] * 100 + [0.0] * 28
+        for keys_KNHSD in slot.prefix.pool.keys_KNHSD:
+            assert whole(keys_KNHSD, slot.prefix.index)[0, :, 0].tolist() == [fill] * 100 + [0.0] * 28
     for slot in slots[:2]:
         memory.release(slot)
         assert held.pool.num_live == 2
@@ -138,11 +188,11 @@ def test_what_is_not_finite_in_a_prefix_goes_with_its_last_row() -> None:
     prefix = prefix_of(100, float("nan"))
     first, second = enter(memory, 20, prefix=prefix), enter(memory, 20, prefix=prefix)
     assert first is not None and second is not None and first.prefix is not None
-    [keys_NHSD, *_] = first.prefix.pool.keys_NHSD
+    [keys_KNHSD, *_] = first.prefix.pool.keys_KNHSD
     memory.release(first, wipe=True)
-    assert keys_NHSD[first.prefix.index].isnan().any()  # the other row's answer is as wrong with it as without
+    assert whole(keys_KNHSD, first.prefix.index).isnan().any()  # the other row's answer is as wrong with it as without
     memory.release(second)
-    assert not keys_NHSD.any()
+    assert not keys_KNHSD.any()
 
 
 def test_prefixes_count_as_what_the_slots_hold() -> None:

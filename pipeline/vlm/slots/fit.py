@@ -21,7 +21,7 @@ from pipeline.vlm.failure import described, free_bytes, raise_fatal
 from pipeline.vlm.inputs import ModelInputs
 from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.options import DecodeAttention, SlotsConfig
-from pipeline.vlm.slots.attention import KERNELS, fastest
+from pipeline.vlm.slots.decode_kernel import fastest, kernels
 from pipeline.vlm.slots.features import ImageFeatures
 from pipeline.vlm.slots.graph import RecordedDecoder, recorder
 from pipeline.vlm.slots.loop import Choose, SlotLoop
@@ -70,6 +70,7 @@ class SlotsFit:
         self._projections: Projections | None = None
         self._attended: Callable[[Any], AbstractContextManager[None]] = nullcontext
         self._shares_cells = False  # whether rows look at one copy of their prefix
+        self._kernels = kernels(self._device)
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
         self._max_cells = options.max_slot_tokens or _FIRST_CELLS
         self._like_HTD: torch.Tensor | None = None  # keys of the model
@@ -105,7 +106,7 @@ class SlotsFit:
         self._memory = SlotMemory(
             max_slots=self._options.max_batch_rows,
             max_cells=self._max_cells,
-            kernel=KERNELS[self._kernel],
+            kernel=self._kernels[self._kernel],
             shares_prefixes=self._shares_cells,
         )
         loop, self._prefill = self._loop_over(self._memory, choose, patience=_PATIENCE, late=self.reads_late)
@@ -162,7 +163,7 @@ class SlotsFit:
             self.counts.trial_seconds += time.perf_counter() - began
             if self._prefill is not None and self._memory is not None:
                 self._prefill.features, self._prefill.attended = self._features, self._attended
-                self._memory.max_cells, self._memory.kernel = self._max_cells, KERNELS[self._kernel]
+                self._memory.max_cells, self._memory.kernel = self._max_cells, self._kernels[self._kernel]
                 self._memory.shares_prefixes = self._shares_cells
 
     def _try_shared(self, group: Sequence[Waiting]) -> bool:
@@ -172,7 +173,7 @@ class SlotsFit:
             raise_fatal(problem)
             log.info("slots: each prompt is computed from its beginning (%s: %s)", *described(problem))
             return False
-        self._shares_cells = self._device.type == "cpu" and self._kernel == "sdpa"
+        self._shares_cells = self._kernels[self._kernel].attend_to_part is not None
         while True:
             error, difference = self._measured(trial)
             if error <= trial.bound:
@@ -255,7 +256,7 @@ class SlotsFit:
             memory = SlotMemory(
                 max_slots=len(trial.waiting) + 1,
                 max_cells=sys.maxsize,
-                kernel=KERNELS[self._kernel],
+                kernel=self._kernels[self._kernel],
                 shares_prefixes=self._shares_cells,
             )
 
@@ -274,7 +275,7 @@ class SlotsFit:
         if self._options.max_slot_tokens is None:
             share = _FREE_SHARE_CPU if self._device.type == "cpu" else _FREE_SHARE
             self._max_cells = int(share * free_bytes(self._device)) // max(1, memory.bytes_per_token)
-        self._like_HTD = memory.pools[0].keys_NHSD[0][0, :, :1].clone()
+        self._like_HTD = memory.pools[0].keys_KNHSD[0][0, 0, :, :1].clone()
 
     def _take_fastest_attention(self, trial: Trial) -> None:
         """Of the kernels for decode steps; one that the trial has not seen is tried, too."""

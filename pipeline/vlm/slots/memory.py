@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pipeline.vlm.slots.decode_kernel import Kernel
 from pipeline.vlm.slots.pool import KeysAndValues, Pool
 from pipeline.vlm.slots.prefix import Prefix
 from pipeline.vlm.slots.share import PrefixShare, Share
@@ -54,11 +55,11 @@ class SlotMemory:
     Args:
         max_slots: rows at a time.
         max_cells: tokens of all slots together; a prefix that rows share counts once.
-        kernel: what attends to them in a decode step (attention.py).
+        kernel: what attends to them in a decode step (attention.py); it may change while there are no pools.
         shares_prefixes: whether rows look at one copy of their prefix (prefix_attention.py), or each has its own.
     """
 
-    def __init__(self, *, max_slots: int, max_cells: int, kernel: Any, shares_prefixes: bool = False) -> None:
+    def __init__(self, *, max_slots: int, max_cells: int, kernel: Kernel, shares_prefixes: bool = False) -> None:
         self.max_slots, self.max_cells, self.kernel = max_slots, max_cells, kernel
         self.shares_prefixes = shares_prefixes
         self._pools: dict[int, Pool] = {}  # by their capacity
@@ -87,8 +88,8 @@ class SlotMemory:
     def bytes_per_token(self) -> int:
         """Of keys and values in all layers; 0 before the first row."""
         for pool in self._pools.values():
-            if pool.keys_NHSD:
-                num_bytes = sum(tensor.nbytes for tensor in (*pool.keys_NHSD, *pool.values_NHSD))
+            if pool.keys_KNHSD:
+                num_bytes = sum(tensor.nbytes for tensor in (*pool.keys_KNHSD, *pool.values_KNHSD))
                 return num_bytes // pool.num_allocated_cells
         return 0
 
@@ -204,13 +205,13 @@ class SlotMemory:
     def _with_room(self, pools: dict[int, Pool], num_tokens: int) -> Pool | None:
         """The pool of a length, with a free slot."""
         num_cells = _CLASSES[bisect.bisect_left(_CLASSES, num_tokens)] if num_tokens <= _CLASSES[-1] else num_tokens
-        pool = pools.setdefault(num_cells, Pool(num_cells))
+        pool = pools.setdefault(num_cells, Pool(num_cells, in_blocks=self.kernel.in_blocks))
         return pool if pool.free or self._grow(pool) else None
 
     def _grow(self, pool: Pool) -> bool:
         wanted = min(max(_FIRST_SLOTS, 2 * pool.num_slots), self.max_slots)
         for num_slots in (wanted, pool.num_slots + 1):
-            needed = (num_slots - pool.num_slots) * pool.num_cells
+            needed = (num_slots - pool.num_slots) * pool.num_blocks * pool.num_block_cells
             if num_slots > pool.num_slots and self._make_room(needed, pool):
                 pool.grow(num_slots)
                 return True
@@ -242,18 +243,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def parts(self, share: Share | PrefixShare) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a pool up to its last live slot: [num_slots, H, S, D]."""
-        pool = share.pool
-        return pool.keys_NHSD[self._number][: share.num_slots], pool.values_NHSD[self._number][: share.num_slots]
+        """Keys and values of a pool up to its last live slot: [K, num_slots, H, S, D]."""
+        pool, slots = share.pool, slice(share.num_slots)
+        return pool.keys_KNHSD[self._number][:, slots], pool.values_KNHSD[self._number][:, slots]
 
     def update(self, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write each row's cell; the attention function finds the rest through the key's `slot_layer`."""
         for share in self.memory.shares:
-            for tensors, new_BH1D in ((share.pool.keys_NHSD, key_BH1D), (share.pool.values_NHSD, value_BH1D)):
-                storage_NHSD = tensors[self._number]
-                cell_C = share.cells(storage_NHSD)
+            for tensors, new_BH1D in ((share.pool.keys_KNHSD, key_BH1D), (share.pool.values_KNHSD, value_BH1D)):
+                storage_KNHSD = tensors[self._number]
+                cell_C = share.cells(storage_KNHSD)
                 new_CD = new_BH1D[share.start : share.stop].reshape(len(cell_C), -1)
-                _by_cell(storage_NHSD).index_copy_(0, cell_C, new_CD)
+                _by_cell(storage_KNHSD).index_copy_(0, cell_C, new_CD)
         key_BH1D.slot_layer = self  # type: ignore[attr-defined]
         return key_BH1D, value_BH1D
 
@@ -270,10 +271,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-def _by_cell(storage_NHSD: torch.Tensor) -> torch.Tensor:
-    """The same memory as one vector after another [N * H * S, D], whichever way they lie (Pool.storage).
+def _by_cell(storage_KNHSD: torch.Tensor) -> torch.Tensor:
+    """The same memory as one vector after another [K * N * H * S, D], whichever way they lie (Pool.storage).
 
     A copy to places of one axis takes a third of the time of one to places of two (12 and 41 us on a CPU).
     """
-    width = storage_NHSD.shape[3]
-    return storage_NHSD.as_strided((storage_NHSD.numel() // width, width), (width, 1))
+    width = storage_KNHSD.shape[4]
+    return storage_KNHSD.as_strided((storage_KNHSD.numel() // width, width), (width, 1))

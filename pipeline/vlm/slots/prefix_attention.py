@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.vlm.slots.decode_kernel import Part
 from pipeline.vlm.slots.memory import SlotLayer
 from pipeline.vlm.slots.share import PrefixShare, Share
-
-# The result of attention, and the logarithm of the sum of exponentials that it was divided by: [..., D] and [...].
-_Part = tuple[torch.Tensor, torch.Tensor]
 
 
 def attend_to_both(layer: SlotLayer, query_BHGD: torch.Tensor, scale: float) -> torch.Tensor:
@@ -39,42 +37,25 @@ def attend_to_both(layer: SlotLayer, query_BHGD: torch.Tensor, scale: float) -> 
     return out_BHGD
 
 
-def _over_own(layer: SlotLayer, share: Share, query_BHGD: torch.Tensor, scale: float) -> _Part:
+def _over_own(layer: SlotLayer, share: Share, query_BHGD: torch.Tensor, scale: float) -> Part:
     """Of the rows of one pool."""
-    query_NHGD = query_BHGD[share.start : share.stop]
-    if not share.is_dense:
-        query_NHGD = query_BHGD.new_zeros(share.num_slots, *query_BHGD.shape[1:])
-        query_NHGD[share.index_P] = query_BHGD[share.start : share.stop]
-    keys_NHSD, values_NHSD = (part[:, :, : share.num_cells] for part in layer.parts(share))
-    mask_N11S = share.added_mask(query_BHGD.dtype)
-    out_NHGD, sum_NHG = _flash(query_NHGD, keys_NHSD, values_NHSD, mask_N11S, scale)
-    return (out_NHGD, sum_NHG) if share.is_dense else (out_NHGD[share.index_P], sum_NHG[share.index_P])
+    part = layer.memory.kernel.attend_to_part
+    assert part is not None
+    out_NHGD, sum_NHG = part(share.by_slot(query_BHGD), *layer.parts(share), share, scale)
+    return share.by_row(out_NHGD), share.by_row(sum_NHG)
 
 
-def _over_prefixes(layer: SlotLayer, share: PrefixShare, query_BHGD: torch.Tensor, scale: float) -> _Part:
+def _over_prefixes(layer: SlotLayer, share: PrefixShare, query_BHGD: torch.Tensor, scale: float) -> Part:
     """Of the rows that begin with prefixes of one pool, in their order."""
     _, num_kv_heads, group, width = query_BHGD.shape
     query_NRHGD = query_BHGD[share.row_NR]
     query_NHTD = query_NRHGD.transpose(1, 2).reshape(share.num_slots, num_kv_heads, share.max_rows * group, width)
-    keys_NHSD, values_NHSD = (part[:, :, : share.num_cells] for part in layer.parts(share))
-    out_NHTD, sum_NHT = _flash(query_NHTD, keys_NHSD, values_NHSD, share.added_mask(query_BHGD.dtype), scale)
+    part = layer.memory.kernel.attend_to_part
+    assert part is not None
+    out_NHTD, sum_NHT = part(query_NHTD, *layer.parts(share), share, scale)
     out_NRHGD = out_NHTD.view(share.num_slots, num_kv_heads, share.max_rows, group, width).transpose(1, 2)
     sum_NRHG = sum_NHT.view(share.num_slots, num_kv_heads, share.max_rows, group).transpose(1, 2)
     return out_NRHGD.flatten(0, 1)[share.place_P], sum_NRHG.flatten(0, 1)[share.place_P]
-
-
-def _flash(
-    query_NHTD: torch.Tensor,
-    keys_NHSD: torch.Tensor,
-    values_NHSD: torch.Tensor,
-    mask_N11S: torch.Tensor | None,
-    scale: float,
-) -> _Part:
-    # What scaled_dot_product_attention calls on a CPU, which keeps the sums to itself.
-    found: _Part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query_NHTD, keys_NHSD, values_NHSD, 0.0, False, attn_mask=mask_N11S, scale=scale
-    )
-    return found
 
 
 def _weighed(own: torch.Tensor, own_sum: torch.Tensor, prefix: torch.Tensor, prefix_sum: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What the queries of a decode step look at: the rows of each pool, and the prefixes that several rows begin with.
 
-Shapes: B live rows, P of them in one pool, N slots of a pool up to its last live one, S cells, H heads of keys and
-values, R rows of the largest family.
+Shapes: B live rows, P of them in one pool, N slots of a pool up to its last live one, S cells of each that are read
+(Pool.num_read_cells), K blocks of them, H heads of keys and values, R rows of the largest family.
 """
 
 from __future__ import annotations
@@ -31,6 +31,19 @@ class Share:
     def is_dense(self) -> bool:
         return self.num_slots == self.stop - self.start
 
+    def by_slot(self, of_row: torch.Tensor) -> torch.Tensor:
+        """What belongs to the rows of a step [B, ...] as the slots of this pool lie [num_slots, ...]; 0 where free."""
+        mine = of_row[self.start : self.stop]
+        if self.is_dense:
+            return mine
+        of_slot = mine.new_zeros(self.num_slots, *mine.shape[1:])
+        of_slot[self.index_P] = mine
+        return of_slot
+
+    def by_row(self, of_slot: torch.Tensor) -> torch.Tensor:
+        """The other way: of the rows of this pool alone [P, ...]."""
+        return of_slot if self.is_dense else of_slot[self.index_P]
+
     def used_N(self) -> torch.Tensor:
         """Cells that a step's queries look at, its own among them; 1 for slots that are free. int32 [num_slots]."""
         if "used" not in self.known:
@@ -45,20 +58,25 @@ class Share:
             self.known["starts"] = torch.arange(self.num_slots + 1, dtype=torch.int32, device=self.length_P.device)
         return self.known["starts"]
 
-    def cells(self, storage_NHSD: torch.Tensor) -> torch.Tensor:
+    def cells(self, storage_KNHSD: torch.Tensor) -> torch.Tensor:
         """Where a step's keys or values go: for each row and head the number of its vector in the pool. [P * H]."""
-        num_heads, width = storage_NHSD.shape[1], storage_NHSD.shape[3]
+        num_blocks, _, num_heads, num_block_cells, width = storage_KNHSD.shape
         if ("cells", num_heads) not in self.known:
-            per_slot, per_head, per_cell = (stride // width for stride in storage_NHSD.stride()[:3])
+            per_block, per_slot, per_head, per_cell = (stride // width for stride in storage_KNHSD.stride()[:4])
             head_H = torch.arange(num_heads, device=self.length_P.device) * per_head
-            first_P1 = (self.index_P * per_slot + self.length_P * per_cell)[:, None]
-            self.known["cells", num_heads] = (first_P1 + head_H).flatten()
+            first_P = self.index_P * per_slot
+            if num_blocks == 1:
+                first_P = first_P + self.length_P * per_cell
+            else:
+                block_P = self.length_P // num_block_cells
+                first_P = first_P + block_P * per_block + (self.length_P - block_P * num_block_cells) * per_cell
+            self.known["cells", num_heads] = (first_P[:, None] + head_H).flatten()
         return self.known["cells", num_heads]
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """What a step's queries may not look at, True there: [num_slots, 1, 1, num_cells]."""
+    def mask(self, window: int | None = None) -> torch.Tensor:
+        """What a step's queries may not look at, True there: [num_slots, 1, 1, S]."""
         if ("mask", window) not in self.known:
-            cell_S = torch.arange(self.num_cells, device=self.length_P.device)
+            cell_S = torch.arange(self.pool.num_read_cells(self.num_cells), device=self.length_P.device)
             length_N1 = (self.used_N() - 1)[:, None]
             hidden_NS = cell_S > length_N1
             if window is not None:
@@ -69,7 +87,7 @@ class Share:
     def added_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """The same as a number to be added to scores."""
         if ("added", dtype) not in self.known:
-            self.known["added", dtype] = _added(self.mask(None), dtype)
+            self.known["added", dtype] = _added(self.mask(), dtype)
         return self.known["added", dtype]
 
 
@@ -86,9 +104,10 @@ class PrefixShare:
         self.num_slots = max(families) + 1
         self.num_cells = max(lengths.values())
         self.max_rows = max(map(len, families.values()))
+        num_read_cells = pool.num_read_cells(self.num_cells)
         row_NR = torch.zeros(self.num_slots, self.max_rows, dtype=torch.long)
         place_of: dict[int, int] = {}
-        hidden_NS = torch.zeros(self.num_slots, self.num_cells, dtype=torch.bool)
+        hidden_NS = torch.zeros(self.num_slots, num_read_cells, dtype=torch.bool)
         for index, rows in families.items():
             row_NR[index, : len(rows)] = torch.tensor(rows)
             place_of |= {row: index * self.max_rows + place for place, row in enumerate(rows)}
@@ -99,8 +118,12 @@ class PrefixShare:
         self._hidden_N11S = hidden_NS[:, None, None] if hidden_NS.any() else None
         self._added: dict[torch.dtype, torch.Tensor] = {}
 
+    def mask(self) -> torch.Tensor | None:
+        """What queries may not look at, True there [num_slots, 1, 1, S]; None where they see all."""
+        return self._hidden_N11S
+
     def added_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to scores [num_slots, 1, 1, num_cells]; None where all prefixes are of one length."""
+        """The same as a number to be added to scores."""
         if self._hidden_N11S is None:
             return None
         if dtype not in self._added:

@@ -1,0 +1,267 @@
+"""Kernels of decode steps: one new token in each slot looks at what its slot holds. No padding, no repeated heads.
+
+`matmul` are two matrix products and a softmax in float32; heads that share keys and values are the rows of one product.
+On a CPU it reads keys and values block by block (pool.py). `sdpa` is torch's fused kernel with a mask; on CPUs it is
+made for long queries and may take several times as long for a single one in bfloat16. `flash` is the FlashAttention
+that comes with torch, on CUDA in half precision: it is told how long each row is and reads no further. Which is the
+fastest is tried (`fastest`).
+
+Shapes: B rows, H heads of keys and values, G of queries that share one, T queries, N slots, K blocks of S cells each, L
+cells that are looked at, D of a head.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from pipeline.vlm.failure import raise_fatal
+from pipeline.vlm.slots.pool import Pool
+from pipeline.vlm.slots.share import PrefixShare, Share
+
+log = logging.getLogger(__name__)
+
+_TRIED_BYTES = 1 << 28  # of keys, and as much of values
+# Calls of each kernel at least, at most, and for how long: on a busy machine most may take ten times as long as the best.
+_MIN_CALLS, _MAX_CALLS, _TRIED_SECONDS = 5, 30, 1.0
+
+# What varlen_attn calls; its own argument for the rows' lengths came after torch 2.11.
+_flash_forward = torch.ops.aten._flash_attention_forward
+
+# query [N, H, G, D], keys and values [K, N, H, S, D], the rows, sliding window, scale, softcap -> [N, H, G, D]
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Share, int | None, float, float | None],
+    torch.Tensor,
+]
+# The result of attention [..., D], and the logarithm of the sum of exponentials that it was divided by [...].
+Part = tuple[torch.Tensor, torch.Tensor]
+# query [N, H, T, D], keys and values [K, N, H, S, D], the rows or their prefixes, scale -> [N, H, T, D] and [N, H, T]
+AttendToPart = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Share | PrefixShare, float], Part]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to attend.
+
+    in_blocks: whether it reads pools in blocks; others read pools of one block.
+    attend_to_part: the same over a part of what rows look at, without window or softcap; None where there is none.
+    """
+
+    name: str
+    attend: Attend
+    in_blocks: bool = False
+    attend_to_part: AttendToPart | None = None
+
+
+def kernels(device: torch.device) -> dict[str, Kernel]:
+    """All that there are for a device, by name."""
+    if device.type == "cpu":
+        found = [
+            Kernel("matmul", matmul, in_blocks=True, attend_to_part=matmul_part),
+            Kernel("sdpa", sdpa, attend_to_part=sdpa_part),
+        ]
+    else:
+        found = [Kernel("matmul", matmul), Kernel("sdpa", sdpa)]
+        found += [Kernel("flash", flash)] * (device.type == "cuda")
+    return {kernel.name: kernel for kernel in found}
+
+
+def matmul(
+    query_NHGD: torch.Tensor,
+    keys_KNHSD: torch.Tensor,
+    values_KNHSD: torch.Tensor,
+    share: Share,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Matrix products over the cells of the longest row, the softmax between them in float32."""
+    scores_NHGL = _scores(query_NHGD * scale, _blocks(keys_KNHSD, share))
+    if softcap is not None:
+        scores_NHGL = softcap * torch.tanh(scores_NHGL / softcap)
+    scores_NHGL.masked_fill_(share.mask(window), -torch.inf)
+    shares_NHGL = torch.softmax(scores_NHGL, -1, dtype=torch.float32).to(values_KNHSD.dtype)
+    return _mixed(shares_NHGL, _blocks(values_KNHSD, share))
+
+
+def matmul_part(
+    query_NHTD: torch.Tensor,
+    keys_KNHSD: torch.Tensor,
+    values_KNHSD: torch.Tensor,
+    share: Share | PrefixShare,
+    scale: float,
+) -> Part:
+    """The same, and the sums."""
+    scores_NHTL = _scores(query_NHTD * scale, _blocks(keys_KNHSD, share)).float()
+    hidden_N11L = share.mask()
+    if hidden_N11L is not None:
+        scores_NHTL = scores_NHTL.masked_fill(hidden_N11L, -torch.inf)
+    sum_NHT1 = torch.logsumexp(scores_NHTL, -1, keepdim=True)
+    shares_NHTL = torch.exp(scores_NHTL - sum_NHT1).to(values_KNHSD.dtype)
+    return _mixed(shares_NHTL, _blocks(values_KNHSD, share)), sum_NHT1[..., 0]
+
+
+def _blocks(cells_KNHSD: torch.Tensor, share: Share | PrefixShare) -> list[torch.Tensor]:
+    """[N, H, S, D] each, the first ones, as far as they are read."""
+    num_read, size = share.pool.num_read_cells(share.num_cells), cells_KNHSD.shape[3]
+    return [cells_KNHSD[start // size][:, :, : num_read - start] for start in range(0, num_read, size)]
+
+
+def _scores(query_NHTD: torch.Tensor, keys_NHSD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[N, H, T, L]."""
+    found = [torch.matmul(query_NHTD, block_NHSD.transpose(-1, -2)) for block_NHSD in keys_NHSD]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _mixed(shares_NHTL: torch.Tensor, values_NHSD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[N, H, T, D]: values by their shares, blocks added up in float32."""
+    if len(values_NHSD) == 1:
+        return torch.matmul(shares_NHTL, values_NHSD[0])
+    parts = torch.split(shares_NHTL, [block_NHSD.shape[2] for block_NHSD in values_NHSD], -1)
+    mixed_NHTD = torch.matmul(parts[0], values_NHSD[0]).float()
+    for part_NHTS, block_NHSD in zip(parts[1:], values_NHSD[1:], strict=True):
+        mixed_NHTD += torch.matmul(part_NHTS, block_NHSD)
+    return mixed_NHTD.to(shares_NHTL.dtype)
+
+
+def sdpa(
+    query_NHGD: torch.Tensor,
+    keys_KNHSD: torch.Tensor,
+    values_KNHSD: torch.Tensor,
+    share: Share,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """torch's fused kernel over the cells of the longest row, on any device."""
+    if softcap is not None:
+        return matmul(query_NHGD, keys_KNHSD, values_KNHSD, share, window, scale, softcap)
+    [keys_NHSD], [values_NHSD] = _blocks(keys_KNHSD, share), _blocks(values_KNHSD, share)
+    return functional.scaled_dot_product_attention(
+        query_NHGD, keys_NHSD, values_NHSD, attn_mask=~share.mask(window), scale=scale
+    )
+
+
+def sdpa_part(
+    query_NHTD: torch.Tensor,
+    keys_KNHSD: torch.Tensor,
+    values_KNHSD: torch.Tensor,
+    share: Share | PrefixShare,
+    scale: float,
+) -> Part:
+    """What scaled_dot_product_attention calls on a CPU, which keeps the sums to itself.
+
+    Raises:
+        AttributeError, RuntimeError: this torch, or the device, has no such kernel.
+    """
+    [keys_NHSD], [values_NHSD] = _blocks(keys_KNHSD, share), _blocks(values_KNHSD, share)
+    found: Part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query_NHTD, keys_NHSD, values_NHSD, 0.0, False, attn_mask=share.added_mask(query_NHTD.dtype), scale=scale
+    )
+    return found
+
+
+def flash(
+    query_NHGD: torch.Tensor,
+    keys_KNHSD: torch.Tensor,
+    values_KNHSD: torch.Tensor,
+    share: Share,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """FlashAttention (Dao, 2023) over the cells that each row has filled; slots lie behind each other as sequences.
+
+    Raises:
+        RuntimeError: the device, the dtype or the size of a head is none that it knows.
+    """
+    if softcap is not None:
+        return matmul(query_NHGD, keys_KNHSD, values_KNHSD, share, window, scale, softcap)
+    [keys_NHSD], [values_NHSD] = keys_KNHSD, values_KNHSD
+    num_slots, num_kv_heads, num_cells, width = keys_NHSD.shape
+    starts = share.starts()
+    # No copies where the memory is token by token, as it is on CUDA (pool.py).
+    keys_THD, values_THD = (
+        tensor_NHSD.transpose(1, 2).reshape(num_slots * num_cells, num_kv_heads, width)
+        for tensor_NHSD in (keys_NHSD, values_NHSD)
+    )
+    found_NQD: torch.Tensor = _flash_forward(
+        query_NHGD.reshape(num_slots, -1, width),
+        keys_THD,
+        values_THD,
+        starts,
+        starts * num_cells,
+        1,
+        num_cells,
+        0.0,  # dropout
+        False,  # one query sees all of its row
+        False,
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+        seqused_k=share.used_N(),
+    )[0]
+    return found_NQD.view(query_NHGD.shape)
+
+
+def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells: int) -> str:
+    """The name of the kernel that is fastest here, by the fastest of some calls of each.
+
+    Args:
+        like_HTD: keys of the model.
+        num_rows, num_cells: slots that are all taken, and how much each has filled.
+        num_heads: of queries.
+
+    Raises:
+        RuntimeError: none works; what the last one said.
+    """
+    device, num_kv_heads, width = like_HTD.device, like_HTD.shape[0], like_HTD.shape[2]
+    row_bytes = 2 * num_cells * num_kv_heads * width * like_HTD.element_size()
+    num_rows = max(1, min(num_rows, _TRIED_BYTES // row_bytes))
+    query = like_HTD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    for kernel in kernels(device).values():
+        pool = Pool(2 * num_cells, in_blocks=kernel.in_blocks)  # half full
+        calls[kernel.name] = partial(
+            kernel.attend,
+            query,
+            pool.storage(like_HTD, num_rows).fill_(1),
+            pool.storage(like_HTD, num_rows).fill_(1),
+            _full(pool, num_rows, num_cells, device),
+            None,
+            width**-0.5,
+            None,
+        )
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    for turn in range(_MAX_CALLS):
+        if turn >= _MIN_CALLS and time.perf_counter() - started > _TRIED_SECONDS:
+            break
+        for name, call in list(calls.items()):
+            began = time.perf_counter()
+            try:
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            except RuntimeError as problem:
+                raise_fatal(problem)
+                log.info("slots: %s attention is not for this model: %s", name, str(problem).split("\n")[0])
+                del calls[name]
+                if not calls:
+                    raise
+                continue
+            taken = time.perf_counter() - began
+            seconds[name] = min(taken, seconds.get(name, taken))
+    return min(calls, key=lambda name: seconds[name])
+
+
+def _full(pool: Pool, num_rows: int, num_cells: int, device: torch.device) -> Share:
+    """So many rows that have each filled so many cells."""
+    index = torch.arange(num_rows, device=device)
+    return Share(pool, 0, num_rows, index, num_rows, torch.full_like(index, num_cells - 1), num_cells)
