@@ -28,7 +28,7 @@ from pipeline.vlm.slots.share import PrefixShare, Share
 log = logging.getLogger(__name__)
 
 _TRIED_BYTES = 1 << 28  # of keys, and as much of values
-# Calls of each kernel at least, at most, and for how long: on a busy machine most may take ten times as long as the best.
+# Calls of each kernel: at least, at most, and for how long. On a busy machine most take ten times as long as the best.
 _MIN_CALLS, _MAX_CALLS, _TRIED_SECONDS = 5, 30, 1.0
 
 # What varlen_attn calls; its own argument for the rows' lengths came after torch 2.11.
