@@ -11,7 +11,7 @@ from test_slots_engine import answers_of, engines_of, many
 from tiny_models import family
 from torch.nn import functional
 
-from pipeline.vlm.slots import fit, prompt_attention
+from pipeline.vlm.slots import fit, prompt_attention, race
 from pipeline.vlm.slots.prompt_attention import attend, attended, by_stretches
 
 ROWS, HEADS, SIZE, NUM = 2, 4, 8, 21
@@ -164,7 +164,7 @@ def test_attention_that_goes_wrong_is_given_up(problem: str, monkeypatch: pytest
 @pytest.mark.parametrize("ours", [False, True])
 def test_the_faster_of_the_two_is_taken(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(prompt_attention.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(race.time, "perf_counter", lambda: clock.now)
 
     def takes(seconds: float) -> Any:
         def call(*args: Any, **kwargs: Any) -> None:

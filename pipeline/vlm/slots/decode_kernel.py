@@ -13,23 +13,22 @@ cells that are looked at, D of a head.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from pipeline.vlm.failure import raise_fatal
 from pipeline.vlm.slots.pool import Pool
+from pipeline.vlm.slots.race import best_seconds
 from pipeline.vlm.slots.share import PrefixShare, Share
 
 log = logging.getLogger(__name__)
 
 _TRIED_BYTES = 1 << 28  # of keys, and as much of values
-# Calls of each kernel: at least, at most, and for how long. On a busy machine most take ten times as long as the best.
-_MIN_CALLS, _MAX_CALLS, _TRIED_SECONDS = 5, 30, 1.0
 
 # What varlen_attn calls; its own argument for the rows' lengths came after torch 2.11.
 _flash_forward = torch.ops.aten._flash_attention_forward
@@ -225,10 +224,11 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
     row_bytes = 2 * num_cells * num_kv_heads * width * like_HTD.element_size()
     num_rows = max(1, min(num_rows, _TRIED_BYTES // row_bytes))
     query = like_HTD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
-    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    calls: dict[str, Callable[[], None]] = {}
     for kernel in kernels(device).values():
         pool = Pool(2 * num_cells, in_blocks=kernel.in_blocks)  # half full
         calls[kernel.name] = partial(
+            _finished,
             kernel.attend,
             query,
             pool.storage(like_HTD, num_rows).fill_(1),
@@ -238,27 +238,23 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
             width**-0.5,
             None,
         )
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-    for turn in range(_MAX_CALLS):
-        if turn >= _MIN_CALLS and time.perf_counter() - started > _TRIED_SECONDS:
-            break
-        for name, call in list(calls.items()):
-            began = time.perf_counter()
-            try:
-                call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-            except RuntimeError as problem:
-                raise_fatal(problem)
-                log.info("slots: %s attention is not for this model: %s", name, str(problem).split("\n")[0])
-                del calls[name]
-                if not calls:
-                    raise
-                continue
-            taken = time.perf_counter() - began
-            seconds[name] = min(taken, seconds.get(name, taken))
-    return min(calls, key=lambda name: seconds[name])
+    for name, call in list(calls.items()):
+        try:
+            call()
+        except RuntimeError as problem:
+            raise_fatal(problem)
+            log.info("slots: %s attention is not for this model: %s", name, str(problem).split("\n")[0])
+            del calls[name]
+            if not calls:
+                raise
+    seconds = best_seconds(calls)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _finished(attend: Attend, query: torch.Tensor, *args: Any) -> None:
+    attend(query, *args)
+    if query.is_cuda:
+        torch.cuda.synchronize(query.device)
 
 
 def _full(pool: Pool, num_rows: int, num_cells: int, device: torch.device) -> Share:

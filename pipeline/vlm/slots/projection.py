@@ -15,14 +15,16 @@ Shapes: M rows of input, K features of each, N of the output.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from pipeline.vlm.slots.race import best_seconds
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +95,12 @@ def probed(weights_NK: Sequence[torch.Tensor]) -> Choice:
 
 def _fastest(products: dict[str, list[Product]], like_NK: torch.Tensor, num_rows: int) -> str:
     x_MK = like_NK.new_ones(num_rows, like_NK.shape[1])
-    seconds: dict[str, float] = {}
-    for _ in range(4):  # in turns, so that a busy machine slows them alike
-        for name, several in products.items():
-            few = several if num_rows < _BORDERS[1] else several[:1]
-            began = time.perf_counter()
-            for product in few:
-                product(x_MK)
-            taken = (time.perf_counter() - began) / len(few)
-            seconds[name] = min(taken, seconds.get(name, taken))
+
+    def call(several: list[Product]) -> None:
+        for product in several if num_rows < _BORDERS[1] else several[:1]:
+            product(x_MK)
+
+    seconds = best_seconds({name: partial(call, several) for name, several in products.items()})
     best = min(seconds, key=lambda name: seconds[name])
     return best if seconds["plain"] > _WORTH * seconds[best] else "plain"
 

@@ -10,7 +10,6 @@ Shapes: B rows, Q heads of queries, H of keys and values, T queries, S cells, D 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from pipeline.vlm.slots.race import best_seconds
 
 NAME = "vlm_batch_prompts"  # as transformers knows our attention function
 
@@ -168,13 +169,10 @@ def faster(text: Any, dtype: torch.dtype, *, num_tokens: int) -> bool:
     key_BQSD = repeat_kv(key_BHSD, num_heads // num_kv_heads)
     mask_B1TS = _causal(num_tokens)
     stretches = _stretches(mask_B1TS)
-    seconds = {False: float("inf"), True: float("inf")}
-    for _ in range(4):  # in turns, so that a busy machine slows them alike
-        for ours in seconds:
-            began = time.perf_counter()
-            if ours:
-                by_stretches(query_BQTD, key_BHSD, key_BHSD, stretches, None)
-            else:
-                functional.scaled_dot_product_attention(query_BQTD, key_BQSD, key_BQSD, attn_mask=mask_B1TS)
-            seconds[ours] = min(seconds[ours], time.perf_counter() - began)
+    seconds = best_seconds(
+        {
+            True: lambda: by_stretches(query_BQTD, key_BHSD, key_BHSD, stretches, None),
+            False: lambda: functional.scaled_dot_product_attention(query_BQTD, key_BQSD, key_BQSD, attn_mask=mask_B1TS),
+        }
+    )
     return seconds[False] > _WORTH * seconds[True]
