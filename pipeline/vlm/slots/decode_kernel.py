@@ -97,13 +97,14 @@ def matmul_part(
     scale: float,
 ) -> Part:
     """The same, and the sums."""
-    scores_NHTL = _scores(query_NHTD * scale, _blocks(keys_KNHSD, share)).float()
+    scores_NHTL = _scores(query_NHTD * scale, _blocks(keys_KNHSD, share))
     hidden_N11L = share.mask()
     if hidden_N11L is not None:
-        scores_NHTL = scores_NHTL.masked_fill(hidden_N11L, -torch.inf)
-    sum_NHT1 = torch.logsumexp(scores_NHTL, -1, keepdim=True)
-    shares_NHTL = torch.exp(scores_NHTL - sum_NHT1).to(values_KNHSD.dtype)
-    return _mixed(shares_NHTL, _blocks(values_KNHSD, share)), sum_NHT1[..., 0]
+        scores_NHTL.masked_fill_(hidden_N11L, -torch.inf)
+    shares_NHTL = torch.softmax(scores_NHTL, -1, dtype=torch.float32)
+    # The largest share is exp(largest score) over the sum: no exponentials but those of the softmax.
+    sum_NHT = scores_NHTL.amax(-1).float() - shares_NHTL.amax(-1).log()
+    return _mixed(shares_NHTL.to(values_KNHSD.dtype), _blocks(values_KNHSD, share)), sum_NHT
 
 
 def _blocks(cells_KNHSD: torch.Tensor, share: Share | PrefixShare) -> list[torch.Tensor]:
