@@ -33,13 +33,17 @@ def test_rows_in_slots_give_the_logits_of_each_row_alone(name: str) -> None:
     assert found.slots == (name not in STATIC)
 
 
+@pytest.mark.parametrize("way", prompt_attention.WAYS)
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in STATIC])
-def test_prompts_attended_to_some_queries_at_a_time_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_attended_to_some_queries_at_a_time_give_the_same(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prompt_attention, "_QUERIES", 8)
-    monkeypatch.setattr(fit, "faster", lambda *args, **kwargs: True)
+    monkeypatch.setattr(prompt_attention, "_QUERIES_OF_IMAGES", 8)
+    monkeypatch.setattr(fit, "fastest_way", lambda *args, **kwargs: prompt_attention.WAYS[way])
     observed = Observed(name, engine="slots")
     assert observed.error([sample(name, 0), sample(name, 2), *questions(name, 2, 3)]) <= BOUND
-    assert observed.engine.numerics["prompt_attention"] == "float32"
+    assert observed.engine.numerics["prompt_attention"] == way
 
 
 @pytest.mark.parametrize("name", SHARING)

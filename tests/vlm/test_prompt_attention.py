@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from test_slots_engine import answers_of, engines_of, many
 from tiny_models import family
 from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.vlm.slots import fit, prompt_attention, race
-from pipeline.vlm.slots.prompt_attention import attend, attended, by_stretches
+from pipeline.vlm.slots.prompt_attention import WAYS, Way, attend, attended, images_attended
 
 ROWS, HEADS, SIZE, NUM = 2, 4, 8, 21
 MODULE = SimpleNamespace(is_causal=True)
@@ -21,7 +23,13 @@ MODULE = SimpleNamespace(is_causal=True)
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_attention, "_QUERIES", 6)
+    monkeypatch.setattr(prompt_attention, "_QUERIES_OF_IMAGES", 8)
     prompt_attention._of_this_forward.forget()
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Way:
+    return WAYS[request.param]
 
 
 def causal(num_queries: int, num_cells: int) -> torch.Tensor:
@@ -64,7 +72,7 @@ MASKS: dict[str, Any] = {
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("as_number", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_each_query_gets_what_it_gets_in_the_whole(name: str, as_number: bool, group: int) -> None:
+def test_each_query_gets_what_it_gets_in_the_whole(name: str, as_number: bool, group: int, way: Way) -> None:
     mask = MASKS[name]()
     query = torch.randn(ROWS, HEADS, mask.shape[2], SIZE)
     key, value = (torch.randn(ROWS, HEADS // group, mask.shape[3], SIZE) for _ in range(2))
@@ -73,16 +81,28 @@ def test_each_query_gets_what_it_gets_in_the_whole(name: str, as_number: bool, g
     given = mask
     if as_number:
         given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    found, _ = attend(MODULE, query, key, value, given, scaling=0.3)
+    found, _ = attend(MODULE, query, key, value, given, scaling=0.3, way=way)
     sees = mask.any(-1)[:, 0]
     assert found.isfinite().all()
     torch.testing.assert_close(found[sees], wanted[sees], rtol=1e-5, atol=1e-5)
 
 
-def test_no_mask_is_causal() -> None:
+def test_no_mask_is_causal(way: Way) -> None:
     query, key, value = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
     wanted = functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-    torch.testing.assert_close(attend(MODULE, query, key, value, None)[0], wanted, rtol=1e-5, atol=1e-5)
+    found, _ = attend(MODULE, query, key, value, None, way=way)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_tokens_of_images_look_at_each_other(group: int, way: Way) -> None:
+    query = torch.randn(ROWS, HEADS, NUM, SIZE)
+    key, value = (torch.randn(ROWS, HEADS // group, NUM, SIZE) for _ in range(2))
+    whole = [tensor.repeat_interleave(group, 1) for tensor in (key, value)]
+    wanted = functional.scaled_dot_product_attention(query, *whole, scale=0.3).transpose(1, 2)
+    module = SimpleNamespace(is_causal=False, num_key_value_groups=group)
+    found, _ = attend(module, query, key, value, None, scaling=0.3, way=way)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_stretch_computes_no_cells_that_it_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,74 +115,85 @@ def test_a_stretch_computes_no_cells_that_it_does_not_see(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", watching)
     tensors = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
-    attend(MODULE, *tensors, windowed())
-    attend(MODULE, *tensors, None)
+    attend(MODULE, *tensors, windowed(), way=WAYS["float32"])
+    attend(MODULE, *tensors, None, way=WAYS["float32"])
     assert computed == [(6, 6), (6, 10), (6, 10), (3, 7), (6, 6), (6, 12), (6, 18), (3, 21)]
 
 
-def test_what_is_not_causal_and_known_is_torchs_own() -> None:
+def test_what_is_not_known_is_torchs_own(way: Way) -> None:
     query, key, value = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
-    both_ways = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-    assert torch.equal(attend(SimpleNamespace(is_causal=False), query, key, value, None)[0], both_ways)
     bias = torch.randn(1, HEADS, NUM, NUM)
     wanted = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
-    found, _ = attend(SimpleNamespace(is_causal=False), query, key, value, None, position_bias=bias)
+    found, _ = attend(SimpleNamespace(is_causal=False), query, key, value, None, position_bias=bias, way=way)
     torch.testing.assert_close(found, wanted)
     for_each_head = torch.rand(ROWS, HEADS, NUM, NUM) > 0.3
     wanted = functional.scaled_dot_product_attention(query, key, value, attn_mask=for_each_head).transpose(1, 2)
-    assert torch.equal(attend(MODULE, query, key, value, for_each_head)[0], wanted)
+    assert torch.equal(attend(MODULE, query, key, value, for_each_head, way=way)[0], wanted)
 
 
-def test_the_model_has_its_own_function_afterwards() -> None:
+def test_the_model_has_its_own_functions_afterwards(way: Way) -> None:
     model = family("llava").model
-    config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    with attended(model):
-        assert config._attn_implementation == prompt_attention.NAME
-        attend(MODULE, *torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind(), None)
+    text, vision = model.config.get_text_config(decoder=True), model.config.vision_config
+    assert text._attn_implementation == vision._attn_implementation == "sdpa"
+    with attended(model, way):
+        assert (text._attn_implementation, vision._attn_implementation) == (way.function, "sdpa")
+        attend(MODULE, *torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind(), None, way=way)
         assert prompt_attention._of_this_forward._known
-    assert config._attn_implementation == before != prompt_attention.NAME
-    with pytest.raises(RuntimeError), attended(model):
-        raise RuntimeError("a model that fails")
-    assert config._attn_implementation == before
+    assert text._attn_implementation == "sdpa"
+    with images_attended(model, way):
+        seen = way.function if way.images else "sdpa"
+        assert (text._attn_implementation, vision._attn_implementation) == ("sdpa", seen)
+    for part in (attended, images_attended):
+        with pytest.raises(RuntimeError), part(model, way):
+            raise RuntimeError("a model that fails")
+        with part(model, None):
+            assert text._attn_implementation == vision._attn_implementation == "sdpa"
+    assert text._attn_implementation == vision._attn_implementation == "sdpa"
     assert not prompt_attention._of_this_forward._known
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "idefics2", "qwen2_5_vl"])
-def test_answers_are_those_of_padded_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+def test_answers_are_those_of_padded_batches(name: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[bool] = []
 
-    def watching(*args: Any) -> torch.Tensor:
-        calls.append(args)
-        return by_stretches(*args)
+    def watching(module: Any, *args: Any, **kwargs: Any) -> Any:
+        computed.append("Vision" in type(module).__name__ or "CLIP" in type(module).__name__)
+        return attend(module, *args, **kwargs)
 
-    monkeypatch.setattr(prompt_attention, "by_stretches", watching)
-    monkeypatch.setattr(fit, "faster", lambda *args, **kwargs: True)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, way.function, partial(watching, way=way))
+    monkeypatch.setattr(fit, "fastest_way", lambda *args, **kwargs: way)
     slots, static = engines_of(name)
     given = many(name)
     wanted = answers_of(static, given)
-    assert not calls
+    assert not computed
     assert answers_of(slots, given) == wanted
-    assert calls and slots.numerics["prompt_attention"] == "float32" and all(slots.fit.verdicts.values())
+    assert not all(computed) and any(computed) is way.images
+    assert slots.numerics["prompt_attention"] == way.name and all(slots.fit.verdicts.values())
+    assert slots.fit._features is not None
 
 
 @pytest.mark.parametrize("problem", ["it raises", "it is wrong"])
-def test_attention_that_goes_wrong_is_given_up(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*args: Any) -> torch.Tensor:
+def test_attention_that_goes_wrong_is_given_up(problem: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
         if problem == "it raises":
             raise RuntimeError("head of 12 dimensions")
-        return by_stretches(*args) + 1
+        return attend(*args, **kwargs)[0] + 1, None
 
-    monkeypatch.setattr(prompt_attention, "by_stretches", wrong)
-    monkeypatch.setattr(fit, "faster", lambda *args, **kwargs: True)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, way.function, partial(wrong, way=way))
+    monkeypatch.setattr(fit, "fastest_way", lambda *args, **kwargs: way)
     slots, static = engines_of()
     given = many()
     assert answers_of(slots, given) == answers_of(static, given)
     assert slots.numerics["prompt_attention"] == "torch" and all(slots.fit.verdicts.values())
 
 
-@pytest.mark.parametrize("ours", [False, True])
-def test_the_faster_of_the_two_is_taken(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "wanted"),
+    [((3.0, 2.0, 1.0), "products"), ((3.0, 1.0, 2.0), "float32"), ((1.0, 1.0, 0.99), None), ((1.0, 2.0, 3.0), None)],
+)
+def test_the_fastest_is_taken(
+    seconds: tuple[float, float, float], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(race.time, "perf_counter", lambda: clock.now)
 
@@ -172,7 +203,10 @@ def test_the_faster_of_the_two_is_taken(ours: bool, monkeypatch: pytest.MonkeyPa
 
         return call
 
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", takes(3.0 if ours else 1.0))
-    monkeypatch.setattr(prompt_attention, "by_stretches", takes(1.0))
+    torchs, float32, products = map(takes, seconds)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", torchs)
+    ways = {"float32": Way("float32", "", float32), "products": Way("products", "", products)}
+    monkeypatch.setattr(prompt_attention, "WAYS", ways)
     text = family("llava").model.config.get_text_config(decoder=True)
-    assert prompt_attention.faster(text, torch.float32, num_tokens=20) is ours
+    found = prompt_attention.fastest_way(text, torch.float32, num_tokens=20)
+    assert (found.name if found else None) == wanted

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from pipeline.vlm.slots.loop import Choose, SlotLoop
 from pipeline.vlm.slots.memory import SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.projection import Projections
-from pipeline.vlm.slots.prompt_attention import attended, faster
+from pipeline.vlm.slots.prompt_attention import Way, fastest_way
 from pipeline.vlm.slots.queue import Waiting
 from pipeline.vlm.slots.trial import Trial
 
@@ -68,7 +68,7 @@ class SlotsFit:
         # A CPU that waits for nothing gains nothing by reading late, and would compute each row once too often.
         self.reads_late = self._device.type == "cuda"
         self._projections: Projections | None = None
-        self._attended: Callable[[Any], AbstractContextManager[None]] = nullcontext
+        self._way: Way | None = None  # of attention to prompts
         self._shares_cells = False  # whether rows look at one copy of their prefix
         self._kernels = kernels(self._device)
         self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
@@ -97,7 +97,7 @@ class SlotsFit:
     def numerics(self) -> Mapping[str, str]:
         """What may differ in the last bits between two runs."""
         products = str(self._projections.choice) if self._projections else "plain"
-        prompts = "torch" if self._attended is nullcontext else "float32"
+        prompts = "torch" if self._way is None else self._way.name
         steps = {"decode_steps": "recorded"} if self._record is not None else {}
         return {"decode_attention": self._kernel, "prompt_attention": prompts, "products": products, **steps}
 
@@ -131,7 +131,7 @@ class SlotsFit:
             self._settings,
             self._features,
             needs_history=choose.needs_history,
-            attended=self._attended,
+            way=self._way,
         )
         return SlotLoop(prefill, memory, choose, self.counts, recorded, late=late), prefill
 
@@ -162,7 +162,7 @@ class SlotsFit:
         finally:
             self.counts.trial_seconds += time.perf_counter() - began
             if self._prefill is not None and self._memory is not None:
-                self._prefill.features, self._prefill.attended = self._features, self._attended
+                self._prefill.features, self._prefill.way = self._features, self._way
                 self._memory.max_cells, self._memory.kernel = self._max_cells, self._kernels[self._kernel]
                 self._memory.shares_prefixes = self._shares_cells
 
@@ -209,8 +209,8 @@ class SlotsFit:
             elif self._record is not None:
                 self._record = None
                 log.info("slots: decode steps are not recorded, as otherwise %s", difference)
-            elif self._attended is not nullcontext:
-                self._attended = nullcontext
+            elif self._way is not None:
+                self._way = None
                 log.info("slots: prompts are attended to by torch's kernel, as otherwise %s", difference)
             elif self._projections is not None:
                 self._projections.restore()
@@ -235,9 +235,9 @@ class SlotsFit:
         text = self._model.config.get_text_config(decoder=True)
         if self._device.type != "cpu" or text._attn_implementation != "sdpa":
             return
-        if faster(text, self._model.dtype, num_tokens=min(num_tokens, _TRIED_TOKENS)):
-            self._attended = attended
-            log.info("slots: prompts are attended to some queries at a time, faster than by torch's kernel here")
+        self._way = fastest_way(text, self._model.dtype, num_tokens=min(num_tokens, _TRIED_TOKENS))
+        if self._way is not None:
+            log.info("slots: prompts are attended to by %s, faster than by torch's kernel here", self._way.doc)
 
     def _measured(self, trial: Trial) -> tuple[float, str]:
         """The largest difference of logits, of the largest logit, and how to say it."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.vlm.slots.features import ImageFeatures
 from pipeline.vlm.slots.final_layer import computed_at
 from pipeline.vlm.slots.pool import KeysAndValues
 from pipeline.vlm.slots.prefix import MAX_PACK_TOKENS, Continuation, Prefix
+from pipeline.vlm.slots.prompt_attention import Way, attended, images_attended
 from pipeline.vlm.slots.queue import Waiting
 
 _PREFIX_BYTES = 1 << 28  # of the last batch's prefixes, which the rest of a large family goes on from
@@ -69,7 +70,7 @@ class Prefill:
     """Held by a loop.
 
     features: where encoded images come from; None lets the model encode them itself.
-    attended: how the language model attends to prompts (prompt_attention.py); by its own function if not said.
+    way: how prompts and images are attended to; by the model's own functions if not said.
     """
 
     def __init__(
@@ -81,12 +82,12 @@ class Prefill:
         features: ImageFeatures | None,
         *,
         needs_history: bool,
-        attended: Callable[[Any], AbstractContextManager[None]] = nullcontext,
+        way: Way | None = None,
     ) -> None:
         self._model, self._batcher, self._inputs = model, batcher, inputs
         self._settings = copy.copy(settings)
         self._settings.max_new_tokens = 1
-        self.features, self.attended, self._needs_history = features, attended, needs_history
+        self.features, self.way, self._needs_history = features, way, needs_history
         text = model.config.get_text_config(decoder=True)
         self._takes_masks = getattr(text, "_attn_implementation", None) in ("sdpa", "eager")
         self._prefixes: dict[tuple[str, bytes], Prefix] = {}
@@ -131,7 +132,7 @@ class Prefill:
             **kwargs: Any,
         ) -> torch.Tensor:
             inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-            with computed_at(model, [-1]), self.attended(model):
+            with computed_at(model, [-1]), attended(model, self.way):
                 logits_BV = model(**inputs, return_dict=True).logits[:, -1]
             position = last_position(inputs, len(samples))
             if position is None:
@@ -153,7 +154,8 @@ class Prefill:
             found.append(prefilled)
             return input_ids
 
-        with features.serving(samples) if features is not None and served else nullcontext():
+        serving = features.serving(samples) if features is not None and served else nullcontext()
+        with images_attended(self._model, self.way), serving:
             self._model.generate(
                 **batch,
                 generation_config=self._settings,
@@ -178,7 +180,7 @@ class Prefill:
         inputs: dict[str, Any] = {}
         if "logits_to_keep" in inspect.signature(decoder.forward).parameters:
             inputs["logits_to_keep"] = torch.tensor(rests.ends, device=rests.position.device)
-        with computed_at(decoder, rests.ends), self.attended(decoder):
+        with computed_at(decoder, rests.ends), attended(decoder, self.way):
             logits_FEV = decoder(
                 input_ids=rests.input_ids_FR,
                 attention_mask=rests.mask,

@@ -1,18 +1,26 @@
-"""Attention of prompts on a CPU: some queries at a time, over no more cells than they may look at, in float32.
+"""Attention of prompts and of images on a CPU: some queries at a time, over no more cells than they may look at.
 
-torch's fused kernel computes what a mask hides, and in bfloat16 takes longer than in float32 on a CPU without AMX. On
-two cores of such a Xeon, a layer of 12 heads, milliseconds for two prompts of 294 tokens, one of 600, and two packs of
-280 tokens over prefixes of 262 (prefix.py): 4.8, 9.5, 8.5 by torch in bfloat16; 4.0, 7.3, 6.5 in float32; 2.8, 5.3,
-6.2 here. Which is faster is tried (`faster`).
+torch's fused kernel computes what a mask hides, and on a CPU without AMX takes longer in bfloat16 than in float32. Two
+ways that may be faster; which one is, is tried (`fastest_way`):
 
-Shapes: B rows, Q heads of queries, H of keys and values, T queries, S cells, D of a head.
+`float32` is that kernel in float32. On two cores of a Xeon without AMX, a layer of 12 heads, milliseconds for two
+prompts of 294 tokens, one of 600, and two packs of 280 tokens over prefixes of 262 (prefix.py): 4.8, 9.5, 8.5 by torch
+in bfloat16; 4.0, 7.3, 6.5 in float32; 2.8, 5.3, 6.2 here.
+
+`products` are matrix products in the model's dtype and a softmax in float32, as in decode steps: where products in
+bfloat16 are fast. On two cores of an EPYC, three prompts of 302 tokens, one of 600, one of 1,200: 7.5, 9.0, 30 by
+torch; 4.6, 5.7, 20 in float32; 2.5, 3.8, 14 here. Images, whose tokens all look at each other, attend so, too: three of
+257 tokens and 6 heads took 2.7 by torch and 1.3 here.
+
+Shapes: B rows, Q heads of queries, H of keys and values, G = Q / H, T queries, S cells, D of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +31,8 @@ from transformers.masking_utils import sdpa_mask
 
 from pipeline.vlm.slots.race import best_seconds
 
-NAME = "vlm_batch_prompts"  # as transformers knows our attention function
-
 _QUERIES = 64  # at a time; 128 took 1.1 to 1.5 times as long
+_QUERIES_OF_IMAGES = 512  # nothing is hidden: 64 of 257 took 1.2 times as long as all
 _HIDDEN = torch.finfo(torch.float32).min  # not infinity: what sees nothing, padding, is a number then
 _WORTH = 1.05
 
@@ -38,7 +45,26 @@ class _Stretch:
     stop: int
     first: int
     last: int
-    mask_B1TS: torch.Tensor  # added to scores
+    mask_B1TS: torch.Tensor | None  # added to scores; None where all of them look at all
+
+
+# query [B, Q, T, D], keys and values [B, H, S, D], stretches, scale -> [B, T, Q, D] in the dtype of the queries
+Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[_Stretch], float | None], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to compute attention. images: whether it is for images, too."""
+
+    name: str
+    doc: str
+    compute: Compute
+    images: bool = False
+
+    @property
+    def function(self) -> str:
+        """As transformers knows it."""
+        return f"vlm_batch_prompts_{self.name}"
 
 
 class _Stretches:
@@ -47,12 +73,15 @@ class _Stretches:
     def __init__(self) -> None:
         self._known: dict[object, tuple[torch.Tensor | None, list[_Stretch]]] = {}
 
-    def __call__(self, mask_B1TS: torch.Tensor | None, num_queries: int) -> list[_Stretch]:
-        """mask: bool, True where a query looks, or a number to be added; None is causal, cells as many as queries."""
-        key = id(mask_B1TS), num_queries
+    def __call__(self, mask_B1TS: torch.Tensor | None, num_queries: int, *, causal: bool) -> list[_Stretch]:
+        """mask: bool, True where a query looks, or a number to be added; None is causal, or hides nothing."""
+        key = id(mask_B1TS), num_queries, causal
         if key not in self._known:
-            shown_B1TS = _causal(num_queries) if mask_B1TS is None else mask_B1TS
-            self._known[key] = mask_B1TS, _stretches(shown_B1TS)
+            if mask_B1TS is None and not causal:
+                found = _whole(num_queries)
+            else:
+                found = _stretches(_causal(num_queries) if mask_B1TS is None else mask_B1TS)
+            self._known[key] = mask_B1TS, found
         return self._known[key][1]
 
     def forget(self) -> None:
@@ -69,8 +98,15 @@ def _stretches(mask_B1TS: torch.Tensor) -> list[_Stretch]:
         seen = (part_B1TS > _HIDDEN / 2).flatten(0, 2).any(0).nonzero()
         # Where nothing is seen all cells stay, as in the whole: it is padding, whose result nobody reads.
         first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, mask_B1TS.shape[3])
-        found.append(_Stretch(start, start + part_B1TS.shape[2], first, last, part_B1TS[..., first:last].contiguous()))
+        mine_B1TS = part_B1TS[..., first:last].contiguous() if part_B1TS[..., first:last].any() else None
+        found.append(_Stretch(start, start + part_B1TS.shape[2], first, last, mine_B1TS))
     return found
+
+
+def _whole(num_tokens: int) -> list[_Stretch]:
+    """Where each token looks at all."""
+    starts = range(0, num_tokens, _QUERIES_OF_IMAGES)
+    return [_Stretch(start, min(start + _QUERIES_OF_IMAGES, num_tokens), 0, num_tokens, None) for start in starts]
 
 
 def _causal(num_tokens: int) -> torch.Tensor:
@@ -81,16 +117,44 @@ _of_this_forward = _Stretches()
 
 
 @contextmanager
-def attended(model: Any) -> Iterator[None]:
-    """Prompts that `model` computes meanwhile attend so in its language model; vision towers keep their function."""
-    config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
+def attended(model: Any, way: Way | None) -> Iterator[None]:
+    """Prompts that `model` computes meanwhile attend so in its language model; None leaves it as it is."""
+    with _attended([model.config.get_text_config(decoder=True)], way):
+        yield
+
+
+@contextmanager
+def images_attended(model: Any, way: Way | None) -> Iterator[None]:
+    """Images that `model` encodes meanwhile attend so, where the way is one for images."""
+    with _attended(_image_configs(model) if way is not None and way.images else [], way):
+        yield
+
+
+@contextmanager
+def _attended(configs: list[Any], way: Way | None) -> Iterator[None]:
+    if way is None:
+        yield
+        return
+    before = [config._attn_implementation for config in configs]
     try:
-        config._attn_implementation = {"": NAME}
+        for config in configs:
+            config._attn_implementation = {"": way.function}
         yield
     finally:
-        config._attn_implementation = {"": before}
+        for config, function in zip(configs, before, strict=True):
+            config._attn_implementation = {"": function}
         _of_this_forward.forget()
+
+
+def _image_configs(model: Any) -> list[Any]:
+    """The configurations that modules beside the language model go by, where they attend by torch's kernel."""
+    others = {id(model.config), id(model.config.get_text_config(decoder=True))}
+    known = {id(found): found for module in model.modules() if (found := getattr(module, "config", None)) is not None}
+    return [
+        config
+        for number, config in known.items()
+        if number not in others and getattr(config, "_attn_implementation", None) == "sdpa"
+    ]
 
 
 def attend(
@@ -101,13 +165,15 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    way: Way,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers' attention modules call; the result is [B, T, Q, D]."""
     num_queries, num_cells = query_BQTD.shape[2], key_BHSD.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask is None:
-        known = causal and num_queries == num_cells > 1
+        known = (causal or way.images) and num_queries == num_cells > 1
     else:
         known = attention_mask.shape[1:] == (1, num_queries, num_cells) and num_queries > 1
     if not known or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
@@ -122,18 +188,18 @@ def attend(
             **kwargs,
         )
         return found
-    stretches = _of_this_forward(attention_mask, num_queries)
-    return by_stretches(query_BQTD, key_BHSD, value_BHSD, stretches, scaling), None
+    stretches = _of_this_forward(attention_mask, num_queries, causal=causal)
+    return way.compute(query_BQTD, key_BHSD, value_BHSD, stretches, scaling), None
 
 
-def by_stretches(
+def in_float32(
     query_BQTD: torch.Tensor,
     key_BHSD: torch.Tensor,
     value_BHSD: torch.Tensor,
     stretches: list[_Stretch],
     scaling: float | None,
 ) -> torch.Tensor:
-    """[B, T, Q, D], in the dtype of the queries."""
+    """By torch's kernel."""
     group = query_BQTD.shape[1] // key_BHSD.shape[1]
     query_BQTD, dtype = query_BQTD.float(), query_BQTD.dtype
     key_BQSD, value_BQSD = repeat_kv(key_BHSD.float(), group), repeat_kv(value_BHSD.float(), group)
@@ -151,13 +217,50 @@ def by_stretches(
     return out_BTQD
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def by_products(
+    query_BQTD: torch.Tensor,
+    key_BHSD: torch.Tensor,
+    value_BHSD: torch.Tensor,
+    stretches: list[_Stretch],
+    scaling: float | None,
+) -> torch.Tensor:
+    """By matrix products; heads that share keys and values are the rows of one."""
+    num_rows, num_heads, num_queries, width = query_BQTD.shape
+    num_kv_heads = key_BHSD.shape[1]
+    group = num_heads // num_kv_heads
+    # Once, and not for each stretch: the products take what is contiguous, and would copy.
+    query_BQTD = (query_BQTD * (width**-0.5 if scaling is None else scaling)).contiguous()
+    key_BHSD, value_BHSD = key_BHSD.contiguous(), value_BHSD.contiguous()
+    out_BTQD = query_BQTD.new_empty(num_rows, num_queries, num_heads, value_BHSD.shape[3])
+    for one in stretches:
+        shape = (num_rows, num_kv_heads, group, one.stop - one.start)
+        part_BHLD = query_BQTD[:, :, one.start : one.stop].reshape(*shape[:2], -1, width)  # L = G * queries
+        scores_BHLS = torch.matmul(part_BHLD, key_BHSD[:, :, one.first : one.last].transpose(-1, -2))
+        if one.mask_B1TS is not None:
+            scores_BHGTS = scores_BHLS.view(*shape, -1) + one.mask_B1TS[:, :, None]
+            scores_BHLS = scores_BHGTS.view(scores_BHLS.shape)
+        shares_BHLS = torch.softmax(scores_BHLS, -1, dtype=torch.float32).to(value_BHSD.dtype)
+        mixed_BHLD = torch.matmul(shares_BHLS, value_BHSD[:, :, one.first : one.last])
+        mixed_BQTD = mixed_BHLD.view(num_rows, num_heads, shape[3], -1)
+        out_BTQD[:, one.start : one.stop] = mixed_BQTD.transpose(1, 2)
+    return out_BTQD
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way("float32", "torch's kernel in float32", in_float32),
+        Way("products", "matrix products", by_products, images=True),
+    )
+}
+for _way in WAYS.values():
+    AttentionInterface.register(_way.function, partial(attend, way=_way))
+    AttentionMaskInterface.register(_way.function, sdpa_mask)
 
 
 @torch.inference_mode()
-def faster(text: Any, dtype: torch.dtype, *, num_tokens: int) -> bool:
-    """Whether prompts of so many tokens are attended to faster so than by torch's kernel, on this CPU; a few calls.
+def fastest_way(text: Any, dtype: torch.dtype, *, num_tokens: int) -> Way | None:
+    """How prompts of so many tokens are attended to the fastest on this CPU; None by torch's own kernel.
 
     text: the configuration of a language model.
     """
@@ -168,11 +271,13 @@ def faster(text: Any, dtype: torch.dtype, *, num_tokens: int) -> bool:
     key_BHSD = torch.ones(1, num_kv_heads, num_tokens, width, dtype=dtype)
     key_BQSD = repeat_kv(key_BHSD, num_heads // num_kv_heads)
     mask_B1TS = _causal(num_tokens)
-    stretches = _stretches(mask_B1TS)
-    seconds = best_seconds(
-        {
-            True: lambda: by_stretches(query_BQTD, key_BHSD, key_BHSD, stretches, None),
-            False: lambda: functional.scaled_dot_product_attention(query_BQTD, key_BQSD, key_BQSD, attn_mask=mask_B1TS),
-        }
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        way.name: partial(way.compute, query_BQTD, key_BHSD, key_BHSD, _stretches(mask_B1TS), None)
+        for way in WAYS.values()
+    }
+    calls["torch"] = lambda: functional.scaled_dot_product_attention(
+        query_BQTD, key_BQSD, key_BQSD, attn_mask=mask_B1TS
     )
-    return seconds[False] > _WORTH * seconds[True]
+    seconds = best_seconds(calls)
+    best = min(seconds, key=lambda name: seconds[name])
+    return WAYS[best] if best in WAYS and seconds["torch"] > _WORTH * seconds[best] else None
