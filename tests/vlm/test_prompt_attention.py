@@ -120,6 +120,25 @@ def test_a_stretch_computes_no_cells_that_it_does_not_see(monkeypatch: pytest.Mo
     assert computed == [(6, 6), (6, 10), (6, 10), (3, 7), (6, 6), (6, 12), (6, 18), (3, 21)]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_take_little_memory_however_long_the_prompts(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    softmax = torch.softmax
+
+    def watching(scores: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(4 * scores.numel())
+        return softmax(scores, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "softmax", watching)
+    monkeypatch.setattr(prompt_attention, "_SCORE_BYTES", 4 * ROWS * HEADS * NUM * 3)
+    tensors = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
+    wanted = functional.scaled_dot_product_attention(*tensors, is_causal=masked).transpose(1, 2)
+    module = SimpleNamespace(is_causal=masked)
+    found, _ = attend(module, *tensors, None, way=WAYS["products"])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert len(sizes) == 7 and max(sizes) <= 4 * ROWS * HEADS * NUM * 3
+
+
 def test_what_is_not_known_is_torchs_own(way: Way) -> None:
     query, key, value = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
     bias = torch.randn(1, HEADS, NUM, NUM)

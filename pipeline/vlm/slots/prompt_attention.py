@@ -33,6 +33,7 @@ from pipeline.vlm.slots.race import best_seconds
 
 _QUERIES = 64  # at a time; 128 took 1.1 to 1.5 times as long
 _QUERIES_OF_IMAGES = 512  # nothing is hidden: 64 of 257 took 1.2 times as long as all
+_SCORE_BYTES = 16 << 20  # in float32; the memory of larger ones is slow to get (device.keep_freed_memory)
 _HIDDEN = torch.finfo(torch.float32).min  # not infinity: what sees nothing, padding, is a number then
 _WORTH = 1.05
 
@@ -73,14 +74,16 @@ class _Stretches:
     def __init__(self) -> None:
         self._known: dict[object, tuple[torch.Tensor | None, list[_Stretch]]] = {}
 
-    def __call__(self, mask_B1TS: torch.Tensor | None, num_queries: int, *, causal: bool) -> list[_Stretch]:
+    def __call__(
+        self, mask_B1TS: torch.Tensor | None, num_tokens: int, *, causal: bool, at_a_time: int
+    ) -> list[_Stretch]:
         """mask: bool, True where a query looks, or a number to be added; None is causal, or hides nothing."""
-        key = id(mask_B1TS), num_queries, causal
+        key = id(mask_B1TS), num_tokens, causal, at_a_time
         if key not in self._known:
             if mask_B1TS is None and not causal:
-                found = _whole(num_queries)
+                found = _whole(num_tokens, at_a_time)
             else:
-                found = _stretches(_causal(num_queries) if mask_B1TS is None else mask_B1TS)
+                found = _stretches(_causal(num_tokens) if mask_B1TS is None else mask_B1TS, at_a_time)
             self._known[key] = mask_B1TS, found
         return self._known[key][1]
 
@@ -88,13 +91,13 @@ class _Stretches:
         self._known.clear()
 
 
-def _stretches(mask_B1TS: torch.Tensor) -> list[_Stretch]:
+def _stretches(mask_B1TS: torch.Tensor, at_a_time: int) -> list[_Stretch]:
     added_B1TS = mask_B1TS.float()
     if mask_B1TS.dtype == torch.bool:
         added_B1TS = torch.zeros(mask_B1TS.shape).masked_fill_(~mask_B1TS, _HIDDEN)
     found = []
-    for start in range(0, mask_B1TS.shape[2], _QUERIES):
-        part_B1TS = added_B1TS[:, :, start : start + _QUERIES]
+    for start in range(0, mask_B1TS.shape[2], at_a_time):
+        part_B1TS = added_B1TS[:, :, start : start + at_a_time]
         seen = (part_B1TS > _HIDDEN / 2).flatten(0, 2).any(0).nonzero()
         # Where nothing is seen all cells stay, as in the whole: it is padding, whose result nobody reads.
         first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, mask_B1TS.shape[3])
@@ -103,10 +106,10 @@ def _stretches(mask_B1TS: torch.Tensor) -> list[_Stretch]:
     return found
 
 
-def _whole(num_tokens: int) -> list[_Stretch]:
+def _whole(num_tokens: int, at_a_time: int) -> list[_Stretch]:
     """Where each token looks at all."""
-    starts = range(0, num_tokens, _QUERIES_OF_IMAGES)
-    return [_Stretch(start, min(start + _QUERIES_OF_IMAGES, num_tokens), 0, num_tokens, None) for start in starts]
+    starts = range(0, num_tokens, at_a_time)
+    return [_Stretch(start, min(start + at_a_time, num_tokens), 0, num_tokens, None) for start in starts]
 
 
 def _causal(num_tokens: int) -> torch.Tensor:
@@ -188,7 +191,10 @@ def attend(
             **kwargs,
         )
         return found
-    stretches = _of_this_forward(attention_mask, num_queries, causal=causal)
+    most = _QUERIES if causal or attention_mask is not None else _QUERIES_OF_IMAGES
+    score_bytes = 4 * query_BQTD.shape[0] * query_BQTD.shape[1] * num_cells  # of one query of each row
+    at_a_time = max(1, min(most, _SCORE_BYTES // score_bytes))
+    stretches = _of_this_forward(attention_mask, num_queries, causal=causal, at_a_time=at_a_time)
     return way.compute(query_BQTD, key_BHSD, value_BHSD, stretches, scaling), None
 
 
@@ -272,7 +278,7 @@ def fastest_way(text: Any, dtype: torch.dtype, *, num_tokens: int) -> Way | None
     key_BQSD = repeat_kv(key_BHSD, num_heads // num_kv_heads)
     mask_B1TS = _causal(num_tokens)
     calls: dict[str, Callable[[], torch.Tensor]] = {
-        way.name: partial(way.compute, query_BQTD, key_BHSD, key_BHSD, _stretches(mask_B1TS), None)
+        way.name: partial(way.compute, query_BQTD, key_BHSD, key_BHSD, _stretches(mask_B1TS, _QUERIES), None)
         for way in WAYS.values()
     }
     calls["torch"] = lambda: functional.scaled_dot_product_attention(
