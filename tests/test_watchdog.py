@@ -25,7 +25,8 @@ from pipeline.watchdog import Watchdog
 
 def sleep_at(task: Task) -> str:
     if task.row.id == "slow":
-        time.sleep(30)
+        Path(task.row.columns["begun"]).touch()
+        time.sleep(60)
     return task.row.id
 
 
@@ -39,8 +40,8 @@ def pool_of() -> WorkerPool[Task, str]:
     )
 
 
-def task(name: str) -> Task:
-    return Task(Row(0, name, (), {}), ())
+def task(name: str, **columns: str) -> Task:
+    return Task(Row(0, name, (), columns), ())
 
 
 def waited(condition: Callable[[], bool], seconds: float = 20) -> bool:
@@ -50,27 +51,33 @@ def waited(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return condition()
 
 
-def stall() -> None:
-    """A process of its own: what worker processes print goes where that of the first one that was started went."""
+def stall(said: str) -> None:
+    """A process of its own: what worker processes print goes where that of the first one that was started went.
+
+    said: the file that is its stderr.
+    """
     logging.basicConfig(format="%(message)s")
     gave_up = threading.Event()
     with pool_of() as pool:
-        results = pool.results(iter([task("quick"), task("slow")]))
+        begun = Path(f"{said}.begun")
+        results = pool.results(iter([task("quick"), task("slow", begun=str(begun))]))
         assert next(results) == "quick"
+        assert waited(begun.exists)
         with Watchdog(0.3, Tally(2), pool, EngineCounts, gave_up.set):
             assert gave_up.wait(20)
-        time.sleep(1)  # a worker prints its stack by itself
+        waited(lambda: "in sleep_at" in Path(said).read_text())  # a worker prints its stack by itself
 
 
-def test_a_stall_is_told_with_row_and_stack() -> None:
-    code = "import test_watchdog; test_watchdog.stall()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent
-    )
-    assert done.returncode == 0, done.stderr
-    said = ("nothing got done for 0.3 s", "a worker process is at row slow for", "0 of 2 rows are done")
+def test_a_stall_is_told_with_row_and_stack(tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    code = f"import test_watchdog; test_watchdog.stall({str(said)!r})"
+    with said.open("w") as stderr:
+        done = subprocess.run([sys.executable, "-c", code], stderr=stderr, timeout=90, cwd=Path(__file__).parent)
+    found = said.read_text()
+    assert done.returncode == 0, found
+    lines = ("nothing got done for 0.3 s", "a worker process is at row slow for", "0 of 2 rows are done")
     stacks = ("in sleep_at", "in _report", "in stall")  # of the worker process, of the watchdog, of the main thread
-    assert [text for text in (*said, *stacks) if text not in done.stderr] == [], done.stderr
+    assert [text for text in (*lines, *stacks) if text not in found] == [], found
 
 
 def test_progress_of_any_kind_is_no_stall(caplog: pytest.LogCaptureFixture) -> None:
