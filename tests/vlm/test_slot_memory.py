@@ -62,22 +62,6 @@ def test_one_long_row_does_not_size_all_slots() -> None:
     assert enter(memory, 10) is None  # all slots are taken
 
 
-def test_rows_of_neighbouring_lengths_gather_in_one_pool() -> None:
-    memory = memory_of(max_slots=16, max_cells=100_000)
-    rows: list[Slot] = []
-    for number in range(100):
-        if len(rows) == 16:
-            memory.release(rows.pop(number % 16))
-        slot = enter(memory, 300 if number % 2 else 400)
-        assert slot is not None
-        rows.append(slot)
-    assert {slot.pool.num_cells for slot in rows} == {512}
-    assert enter(memory_of(), 300).pool.num_cells == 384  # type: ignore[union-attr]
-    memory.release(rows.pop())
-    short = enter(memory, 100)
-    assert short is not None and short.pool.num_cells == 128  # not in slots many times its length
-
-
 def test_no_slot_is_more_than_half_empty() -> None:
     for num_tokens in (33, 64, 65, 97, 129, 1000, 4097, 70_000, 3_000_000):
         slot = memory_of(max_cells=10_000_000).enter(cells(2), None, num_tokens - 2)
