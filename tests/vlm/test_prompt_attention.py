@@ -131,6 +131,7 @@ def test_scores_take_little_memory_however_long_the_prompts(masked: bool, monkey
 
     monkeypatch.setattr(torch, "softmax", watching)
     monkeypatch.setattr(prompt_attention, "_SCORE_BYTES", 4 * ROWS * HEADS * NUM * 3)
+    monkeypatch.setattr(prompt_attention, "_MIN_QUERIES", 2)
     tensors = torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind()
     wanted = functional.scaled_dot_product_attention(*tensors, is_causal=masked).transpose(1, 2)
     module = SimpleNamespace(is_causal=masked)

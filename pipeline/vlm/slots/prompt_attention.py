@@ -33,7 +33,8 @@ from pipeline.vlm.slots.race import best_seconds
 
 _QUERIES = 64  # at a time; 128 took 1.1 to 1.5 times as long
 _QUERIES_OF_IMAGES = 512  # nothing is hidden: 64 of 257 took 1.2 times as long as all
-_SCORE_BYTES = 16 << 20  # in float32; the memory of larger ones is slow to get (device.keep_freed_memory)
+# Of scores in float32, where they are kept; the memory of larger ones is slow to get (device.keep_freed_memory).
+_SCORE_BYTES, _MIN_QUERIES = 16 << 20, 16
 _HIDDEN = torch.finfo(torch.float32).min  # not infinity: what sees nothing, padding, is a number then
 _WORTH = 1.05
 
@@ -55,11 +56,12 @@ Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[_Stretch], fl
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to compute attention. images: whether it is for images, too."""
+    """One way to compute attention. keeps_scores: of all queries at a time. images: whether it is for images, too."""
 
     name: str
     doc: str
     compute: Compute
+    keeps_scores: bool = False
     images: bool = False
 
     @property
@@ -191,9 +193,10 @@ def attend(
             **kwargs,
         )
         return found
-    most = _QUERIES if causal or attention_mask is not None else _QUERIES_OF_IMAGES
-    score_bytes = 4 * query_BQTD.shape[0] * query_BQTD.shape[1] * num_cells  # of one query of each row
-    at_a_time = max(1, min(most, _SCORE_BYTES // score_bytes))
+    at_a_time = _QUERIES if causal or attention_mask is not None else _QUERIES_OF_IMAGES
+    if way.keeps_scores:
+        query_bytes = 4 * query_BQTD.shape[0] * query_BQTD.shape[1] * num_cells
+        at_a_time = min(at_a_time, max(_MIN_QUERIES, _SCORE_BYTES // query_bytes))
     stretches = _of_this_forward(attention_mask, num_queries, causal=causal, at_a_time=at_a_time)
     return way.compute(query_BQTD, key_BHSD, value_BHSD, stretches, scaling), None
 
@@ -256,7 +259,7 @@ WAYS = {
     way.name: way
     for way in (
         Way("float32", "torch's kernel in float32", in_float32),
-        Way("products", "matrix products", by_products, images=True),
+        Way("products", "matrix products", by_products, keeps_scores=True, images=True),
     )
 }
 for _way in WAYS.values():
