@@ -79,7 +79,7 @@ class Watchdog:
             )
         log.error("nothing got done for %g s (stall_seconds); %s", seconds, what)
         log.error("  %s of %s rows are done", f"{tally.num_done:,}", f"{tally.num_records:,}")
-        for task, busy_seconds in self._pool.at_work():
-            log.error("  a worker process is at row %s for %.0f s", task.row.id, busy_seconds)
         log.error("  the threads of this process:")
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+        for task, busy_seconds in self._pool.at_work():
+            log.error("  a worker process is at row %s for %.0f s", task.row.id, busy_seconds)

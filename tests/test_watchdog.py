@@ -78,6 +78,8 @@ def test_a_stall_is_told_with_row_and_stack(tmp_path: Path) -> None:
     lines = ("nothing got done for 0.3 s", "a worker process is at row slow for", "0 of 2 rows are done")
     stacks = ("in sleep_at", "in _report", "in stall")  # of the worker process, of the watchdog, of the main thread
     assert [text for text in (*lines, *stacks) if text not in found] == [], found
+    own, of_worker = found.split("a worker process is at row slow")  # stacks are not printed into each other
+    assert "in sleep_at" in of_worker and "in stall" in own and "in _report" not in of_worker
 
 
 def test_progress_of_any_kind_is_no_stall(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+_STACK_SECONDS = 0.2  # in which a worker has printed its stack
 # Tasks a worker holds besides the one it is at: its pipe never runs dry, and little is redone when it dies.
 _AHEAD = 3
 _TICK_SECONDS = 0.5
@@ -146,6 +147,7 @@ class WorkerPool(Generic[Task, Result]):
                 yield assigned[0].task, time.monotonic() - worker.busy_since
                 with contextlib.suppress(OSError):  # it has just ended
                     signal.pidfd_send_signal(worker.handle, STACK_SIGNAL)
+                time.sleep(_STACK_SECONDS)  # all of them print to one stream, a word at a time
 
     def stop_feeding(self) -> None:
         """Hand out no further task; results() ends with what is in the workers. May be called by a signal handler."""
