@@ -228,5 +228,6 @@ def test_the_fastest_is_taken(
     ways = {"float32": Way("float32", "", float32), "products": Way("products", "", products)}
     monkeypatch.setattr(prompt_attention, "WAYS", ways)
     text = family("llava").model.config.get_text_config(decoder=True)
-    found = prompt_attention.fastest_way(text, torch.float32, num_tokens=20)
+    assert prompt_attention.fastest_way(text, torch.float32, num_tokens=20) is ways["float32"]  # at every start
+    found = prompt_attention.fastest_way(text, torch.bfloat16, num_tokens=20)
     assert (found.name if found else None) == wanted

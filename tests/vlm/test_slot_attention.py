@@ -135,13 +135,14 @@ def test_of_the_kernels_the_fastest_that_works_is_taken(monkeypatch: pytest.Monk
         return sdpa(*args)
 
     sdpa = decode_kernel.sdpa
-    like = torch.zeros(HEADS, 1, SIZE)
+    like = torch.zeros(HEADS, 1, SIZE, dtype=torch.bfloat16)
     for other, wanted in ((refuses, "sdpa"), (slow, "sdpa")):
         monkeypatch.setattr(decode_kernel, "matmul", other)
         assert decode_kernel.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == wanted
     monkeypatch.undo()
     monkeypatch.setattr(decode_kernel, "sdpa", slow)
     assert decode_kernel.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == "matmul"
+    assert decode_kernel.fastest(like.float(), num_rows=4, num_heads=HEADS, num_cells=10) == "sdpa"  # at every start
 
 
 @pytest.mark.parametrize("problem", ["it raises", "it is wrong"])
@@ -178,7 +179,7 @@ def test_the_last_kernel_to_fail_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     for name in kernels(CPU):
         monkeypatch.setattr(decode_kernel, name, refuses)
     with pytest.raises(RuntimeError, match="head of 12 dimensions"):
-        decode_kernel.fastest(torch.zeros(HEADS, 1, SIZE), num_rows=4, num_heads=HEADS, num_cells=10)
+        decode_kernel.fastest(torch.zeros(HEADS, 1, SIZE).bfloat16(), num_rows=4, num_heads=HEADS, num_cells=10)
 
 
 def test_a_step_over_blocks_copies_no_keys() -> None:

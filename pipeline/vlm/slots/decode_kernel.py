@@ -213,6 +213,9 @@ def flash(
 def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells: int) -> str:
     """The name of the kernel that is fastest here, by the fastest of some calls of each.
 
+    In float32 it is always `sdpa`: kernels differ in the last bits, another start may find another one the fastest, and
+    who computes in float32 wants the same answers from both.
+
     Args:
         like_HTD: keys of the model.
         num_rows, num_cells: slots that are all taken, and how much each has filled.
@@ -221,6 +224,8 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
     Raises:
         RuntimeError: none works; what the last one said.
     """
+    if like_HTD.dtype == torch.float32:
+        return "sdpa"
     device, num_kv_heads, width = like_HTD.device, like_HTD.shape[0], like_HTD.shape[2]
     row_bytes = 2 * num_cells * num_kv_heads * width * like_HTD.element_size()
     num_rows = max(1, min(num_rows, _TRIED_BYTES // row_bytes))

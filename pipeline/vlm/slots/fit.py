@@ -237,7 +237,7 @@ class SlotsFit:
             return
         self._way = fastest_way(text, self._model.dtype, num_tokens=min(num_tokens, _TRIED_TOKENS))
         if self._way is not None:
-            log.info("slots: prompts are attended to some queries at a time, by %s: the fastest here", self._way.doc)
+            log.info("slots: prompts are attended to some queries at a time, by %s", self._way.doc)
 
     def _measured(self, trial: Trial) -> tuple[float, str]:
         """The largest difference of logits, of the largest logit, and how to say it."""
@@ -294,4 +294,4 @@ class SlotsFit:
             log.info("slots: %s attends in decode steps; no other could be used: %s", tried, difference)
             self._kernel = tried
             return
-        log.info("slots: %s attends in decode steps, the fastest on this machine", self._kernel)
+        log.info("slots: %s attends in decode steps", self._kernel)

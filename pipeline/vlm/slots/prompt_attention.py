@@ -271,8 +271,12 @@ for _way in WAYS.values():
 def fastest_way(text: Any, dtype: torch.dtype, *, num_tokens: int) -> Way | None:
     """How prompts of so many tokens are attended to the fastest on this CPU; None by torch's own kernel.
 
+    A model in float32 has one way at every start, so that its answers are the same (decode_kernel.fastest).
+
     text: the configuration of a language model.
     """
+    if dtype == torch.float32:
+        return WAYS["float32"]
     num_heads = text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // num_heads
