@@ -17,7 +17,7 @@ from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
 from pipeline.tensors.processor import Processor, ProcessorSource
 from pipeline.tensors.shipping import Shipping
-from pipeline.vlm.base import Engine, StopSignal
+from pipeline.vlm.base import Engine, Settle, StopSignal, not_kept
 from pipeline.vlm.generation import effective_settings, log_settings, slots_obstacle
 from pipeline.vlm.identity import ModelIdentity
 from pipeline.vlm.options import ImageTransfer, SlotsConfig, VllmConfig
@@ -72,6 +72,7 @@ def refuse_processor(config: RunConfig, identity: ModelIdentity, template: Templ
         UsageError: an option of vlm.processor does not exist.
         RunFailed: the processor cannot be loaded, or prepares no prompt of the run's shape.
     """
+    start_fork_server(_PRELOAD)  # by now, where an old plan is extended
     Processor(preparation_options(config, identity, template, fingerprint="").processor)
 
 
@@ -150,8 +151,13 @@ def default_num_workers() -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // 2))
 
 
-def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: StopSignal) -> Engine:
-    """Load the model and put an engine around it. torch is imported here, and in the worker processes."""
+def build_engine(
+    config: RunConfig, identity: ModelIdentity, batcher: Batcher, stop: StopSignal, *, settle: Settle = not_kept
+) -> Engine:
+    """Load the model and put an engine around it. torch is imported here, and in the worker processes.
+
+    settle: keeps the choice of kernels.
+    """
     if isinstance(config.engine, VllmConfig):
         from pipeline.vlm.vllm_load import load_vllm_engine
 
@@ -189,7 +195,7 @@ def build_engine(config: RunConfig, identity: ModelIdentity, batcher: Batcher, s
     if obstacle := slots_obstacle(settings, is_encoder_decoder=loaded.is_encoder_decoder):
         log.info("engine: padded batches (%s)", obstacle)
         return static
-    return SlotsEngine(**parts, static=static, options=config.engine)
+    return SlotsEngine(**parts, static=static, options=config.engine, settle=settle)
 
 
 def parity_check(config: RunConfig, engine: Engine, batcher: Batcher, *, num_records: int) -> ParityCheck:

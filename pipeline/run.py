@@ -22,6 +22,7 @@ from pipeline.errors import ErrorBudgetExceeded, Interrupted, RunFailed, UsageEr
 from pipeline.feed import Feed
 from pipeline.intake import Intake
 from pipeline.interruption import Interruption
+from pipeline.kernel_choices import KernelChoices
 from pipeline.meter import Meter
 from pipeline.plan import Plan, changed_versions, read_inputs, read_plan
 from pipeline.planning import Resume, make_folders, open_plan
@@ -124,7 +125,7 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
         stop.on_request(pool.stop_feeding)
         stop.last_words = ledger.sync
         try:
-            engine = build_engine(config, identity, batcher, stop)
+            engine = build_engine(config, identity, batcher, stop, settle=KernelChoices(output_dir))
             parity = parity_check(config, engine, batcher, num_records=agenda.num_records(todo))
             meter.loaded()
             kept_images = config.dataset.image_column if config.write.keep_images else None

@@ -13,12 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import CommandLine
 
-NUM_ROWS = 600
 # Small batches make the run last, short syncs give every kill something to find.
-JOB = [
-    "run", f"dataset.max_rows={NUM_ROWS}", "write.shard_rows=70", "write.sync_seconds=0.1", "engine.max_batch_rows=3",
-    "output_dir=killed",
-]  # fmt: skip
+JOB = ["run", "write.shard_rows=70", "write.sync_seconds=0.1", "engine.max_batch_rows=3", "output_dir=killed"]
 
 
 def finished_bytes(output_dir: Path) -> int:
@@ -39,18 +35,20 @@ def without_run_id(output_dir: Path) -> pa.Table:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_lose_no_row_and_change_no_answer(num_kills: int, vlm_batch: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_kills", "num_rows"), [(2, 300), pytest.param(20, 600, marks=pytest.mark.slow)])
+def test_kills_lose_no_row_and_change_no_answer(
+    num_kills: int, num_rows: int, vlm_batch: CommandLine, tmp_path: Path
+) -> None:
     """Fault 1: SIGKILL of a real model's run at its start and at work: the result equals that of an unbroken run.
 
     Readers see whole shards only, at any moment.
     """
     rng = random.Random(2026)
-    output_dir = tmp_path / "killed"
+    output_dir, job = tmp_path / "killed", [*JOB, f"dataset.max_rows={num_rows}"]
     num_kills_at_work = 0
     for kill in range(num_kills):
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *JOB], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "pipeline", *job], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if kill % 4 == 3:
             time.sleep(rng.uniform(0.2, 3.0))
@@ -64,10 +62,10 @@ def test_kills_lose_no_row_and_change_no_answer(num_kills: int, vlm_batch: Comma
         process.kill()
         process.wait()
         for path in (output_dir / "data").glob("*"):
-            assert pq.ParquetFile(path, page_checksum_verification=True).read().num_rows in (70, NUM_ROWS % 70)
+            assert pq.ParquetFile(path, page_checksum_verification=True).read().num_rows in (70, num_rows % 70)
     assert num_kills_at_work >= num_kills * 3 // 4
-    vlm_batch(*JOB)
+    vlm_batch(*job)
     vlm_batch("audit", "output_dir=killed")
-    vlm_batch(*[word.replace("killed", "unbroken") for word in JOB])
+    vlm_batch(*[word.replace("killed", "unbroken") for word in job])
     assert without_run_id(output_dir).equals(without_run_id(tmp_path / "unbroken"))
     assert not (output_dir / "work").exists()

@@ -11,7 +11,7 @@ LAYERS = [
     {"records", "redaction", "option"},
     {"errors", "tally"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
-    {"overwrite", "preparation"},
+    {"overwrite", "preparation", "kernel_choices"},
     {"plan"},
     {"planning"},
     {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog"},

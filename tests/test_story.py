@@ -102,7 +102,8 @@ def test_several_prompts_about_one_image_stand_beside_each_other(vlm_batch: Comm
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT]
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGUSR1, signal.SIGINT))],
 )
 def test_a_signal_ends_the_run_in_good_order(number: signal.Signals, vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Fault 7: exit code 75, even if the signal comes twice; the next start goes on and asks for no answer again."""

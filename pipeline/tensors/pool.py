@@ -305,7 +305,7 @@ class WorkerPool(Generic[Task, Result]):
 
 def start_fork_server(preload: Sequence[str]) -> None:
     """Start the process that imports `preload` once for all workers, unless it runs; it imports beside the caller."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*preload, "pipeline.tensors.preloaded"])
     with environment():
         forkserver.ensure_running()
 

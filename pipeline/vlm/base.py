@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pipeline.records import Answer, EncodedSample
 
@@ -14,6 +14,25 @@ if TYPE_CHECKING:
 
 # Called with each token as it is chosen, on the thread that generates.
 OnToken = Callable[[EncodedSample, int], None]
+
+Read = TypeVar("Read")
+
+
+class Settle(Protocol):
+    """Keeps what one start of a run found to be the fastest, for the starts that follow."""
+
+    def __call__(self, name: str, choose: Callable[[], str], read: Callable[[str], Read]) -> Read:
+        """What was chosen under this name before, or now.
+
+        choose: decides, if nobody has yet.
+        read: makes sense of it; raises ValueError or KeyError if it has none.
+        """
+        ...
+
+
+def not_kept(name: str, choose: Callable[[], str], read: Callable[[str], Read]) -> Read:
+    """Where there is no run: each start decides for itself."""
+    return read(choose())
 
 
 class StopSignal(Protocol):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +45,17 @@ def placement(options: VlmConfig) -> Placement:
     if memory := _gpu_memory():
         arguments["max_memory"] = memory  # GPUs alone: see check_placed
     return Placement(_device("auto"), arguments)
+
+
+def machine_name(device: torch.device) -> str:
+    """The kind of GPU or of CPU: two of one name are taken to be as fast."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = None
+    if (lines := Path("/proc/cpuinfo")).exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", lines.read_text(), re.MULTILINE)
+    model = found[1] if found else platform.processor() or platform.machine()
+    return f"{device.type} ({model}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def keep_freed_memory() -> None:

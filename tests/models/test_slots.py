@@ -6,7 +6,7 @@ import pytest
 from ragged import Observed, measured, one_thread, questions, sample  # noqa: F401
 from tiny_checkpoints import ARCHITECTURES
 
-from pipeline.vlm.slots import fit, loop, prompt_attention
+from pipeline.vlm.slots import loop, prompt_attention, speedups
 from pipeline.vlm.slots.engine import SlotsEngine
 
 BOUND = 1e-5  # of the largest logit
@@ -40,7 +40,7 @@ def test_prompts_attended_to_some_queries_at_a_time_give_the_same(
 ) -> None:
     monkeypatch.setattr(prompt_attention, "_QUERIES", 8)
     monkeypatch.setattr(prompt_attention, "_QUERIES_OF_IMAGES", 8)
-    monkeypatch.setattr(fit, "fastest_way", lambda *args, **kwargs: prompt_attention.WAYS[way])
+    monkeypatch.setattr(speedups, "fastest_way", lambda *args, **kwargs: way)
     observed = Observed(name, engine="slots")
     assert observed.error([sample(name, 0), sample(name, 2), *questions(name, 2, 3)]) <= BOUND
     assert observed.engine.numerics["prompt_attention"] == way
@@ -64,7 +64,7 @@ def test_a_prompt_that_is_read_in_both_directions_or_in_windows_is_computed_whol
     observed = Observed(name, engine="slots")
     assert observed.error(given) <= BOUND
     assert isinstance(observed.engine, SlotsEngine)
-    counts, features = observed.engine.counts, observed.engine.fit._features
+    counts, features = observed.engine.counts, observed.engine.fit._speedups.features
     assert counts.num_padded_prompt_tokens >= counts.num_prompt_tokens == sum(one.num_tokens for one in given)
     assert counts.num_images_encoded <= 1  # it may have been in the trial
     assert features is not None and len(features._kept) == 1
@@ -86,6 +86,6 @@ def test_images_of_one_shape_are_encoded_together(name: str) -> None:
     observed = Observed(name, engine="slots")
     assert observed.error(given) <= BOUND
     assert isinstance(observed.engine, SlotsEngine)
-    features = observed.engine.fit._features
+    features = observed.engine.fit._speedups.features
     # BLIP-2 keeps no images: encoded beforehand they give other logits, and the trial says so.
     assert features is None if name == "blip-2" else features is not None and len(features._kept) == 5

@@ -201,7 +201,7 @@ def install() -> None:
     run.refuse_model = lambda *_: None  # type: ignore[assignment]
     run.refuse_processor = lambda *_: None  # type: ignore[assignment]
     run.workers = fake_workers  # type: ignore[assignment]
-    run.build_engine = lambda config, identity, batcher, stop: FakeEngine(stop)  # type: ignore[assignment]
+    run.build_engine = lambda config, identity, batcher, stop, settle: FakeEngine(stop)  # type: ignore[assignment]
     run.parity_check = lambda *_, **__: NoParity()  # type: ignore[assignment]
     run.Claims = claims_that_tell  # type: ignore[assignment, misc]
     LocalConfig.launch = launch_rank  # type: ignore[method-assign]

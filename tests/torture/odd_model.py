@@ -97,5 +97,5 @@ def start() -> None:
     """What `python -m pipeline` does, with the odd model."""
     fake_model.install()
     run.workers = partial(fake_model.fake_workers, prepare=odd_preparation)  # type: ignore[assignment, attr-defined]
-    run.build_engine = lambda config, identity, batcher, stop: OddEngine(stop)  # type: ignore[assignment, attr-defined, return-value]
+    run.build_engine = lambda config, identity, batcher, stop, settle: OddEngine(stop)  # type: ignore[assignment, attr-defined, return-value]
     sys.exit(main())

@@ -11,7 +11,7 @@ from test_begun_rows import questions
 from test_slots_engine import answers_of, engines_of, failing, many, tried  # noqa: F401
 
 from pipeline.vlm.options import DecodeAttention
-from pipeline.vlm.slots import attention, decode_kernel, fit, prefix_attention
+from pipeline.vlm.slots import attention, decode_kernel, prefix_attention, speedups
 from pipeline.vlm.slots.decode_kernel import Kernel, kernels
 from pipeline.vlm.slots.loop import SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
@@ -157,10 +157,10 @@ def test_kernels_that_give_no_sums_read_each_rows_own_copy(
     name: str, by: str, families: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash = Kernel("flash", decode_kernel.sdpa)
-    monkeypatch.setattr(fit, "kernels", lambda device: kernels(device) | {"flash": flash})
+    monkeypatch.setattr(speedups, "kernels", lambda device: kernels(device) | {"flash": flash})
     options: dict[str, Any] = {}
     if by == "trial":
-        monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: name)
+        monkeypatch.setattr(speedups, "fastest", lambda *args, **kwargs: name)
     else:
         options["decode_attention"] = DecodeAttention(name)
     slots, static = engines_of(**options)

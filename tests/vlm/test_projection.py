@@ -35,13 +35,12 @@ def model_of(dtype: torch.dtype, *, bias: bool) -> nn.Module:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kernel", ["plain", "packed", "packed float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_those_of_the_layers(
-    dtype: torch.dtype, kernel: str, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(projection, "probed", lambda weights: Choice((kernel, "plain", kernel)))
+def test_products_are_those_of_the_layers(dtype: torch.dtype, kernel: str, bias: bool) -> None:
     model = model_of(dtype, bias=bias)
     plain = copy.deepcopy(model)
-    Projections(model, fuse=True, pack=True, free_bytes=1 << 30)
+    Projections(
+        model, fuse=True, pack=True, free_bytes=1 << 30, choose=lambda weights: Choice((kernel, "plain", kernel))
+    )
     for shape in ((1, 32), (16, 1, 32), (3, 30, 32), (2, 300, 32)):
         x = torch.randn(shape, dtype=dtype)
         torch.testing.assert_close(model(x), plain(x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-3)
@@ -77,9 +76,18 @@ def test_an_input_that_is_not_shared_is_computed_by_the_layer_itself() -> None:
     torch.testing.assert_close(block.v_proj(one), plain.v_proj(one))
 
 
-def test_copies_are_made_only_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "probed", lambda weights: Choice(("packed", "packed", "packed float32")))
+def test_copies_are_made_only_where_memory_allows() -> None:
     model = model_of(torch.bfloat16, bias=False)
-    num_bytes = sum(weight.nbytes for weight in model.parameters())
-    assert Projections(model, fuse=False, pack=True, free_bytes=3 * num_bytes - 1).choice == Choice()
-    assert Projections(model, fuse=False, pack=True, free_bytes=3 * num_bytes).choice != Choice()
+    num_bytes = 3 * sum(weight.nbytes for weight in model.parameters())
+    wanted = Choice(("packed", "packed", "packed float32"))
+    for free_bytes, found in ((num_bytes - 1, Choice()), (num_bytes, wanted)):
+        packed = Projections(model, fuse=False, pack=True, free_bytes=free_bytes, choose=lambda weights: wanted)
+        assert packed.choice == found
+
+
+def test_a_choice_is_read_from_its_own_text() -> None:
+    for choice in (Choice(), Choice(("packed", "plain", "packed float32"))):
+        assert Choice.parse(str(choice)) == choice
+    for text in ("", "plain", "16 rows: plain", "16 rows: plain, 64 rows: plain, 512 rows: fast", str(Choice()) + ", "):
+        with pytest.raises(ValueError, match="is no choice of products"):
+            Choice.parse(text)

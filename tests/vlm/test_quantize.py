@@ -254,6 +254,7 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_int8_answers_the_demo_within_a_point_of_float32(accuracy: Any) -> None:
     full, full_plan = accuracy(400)
     int8, int8_plan = accuracy(400, "vlm.quantization=int8")

@@ -11,7 +11,7 @@ from test_slots_engine import answers_of, engines_of, many
 
 from pipeline.errors import UsageError
 from pipeline.vlm.options import DecodeAttention
-from pipeline.vlm.slots import attention, decode_kernel, fit, pool
+from pipeline.vlm.slots import attention, decode_kernel, pool, speedups
 from pipeline.vlm.slots.decode_kernel import Kernel, kernels
 from pipeline.vlm.slots.pool import Pool
 from pipeline.vlm.slots.share import Share
@@ -118,8 +118,8 @@ def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.Monk
 def test_answers_by_flash_attention_are_those_of_padded_batches(
     name: str, layout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "kernels", lambda device: kernels(device) | {"flash": FLASH})
-    monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: "flash")
+    monkeypatch.setattr(speedups, "kernels", lambda device: kernels(device) | {"flash": FLASH})
+    monkeypatch.setattr(speedups, "fastest", lambda *args, **kwargs: "flash")
     slots, static = engines_of(name)
     given = many(name)
     assert answers_of(slots, given) == answers_of(static, given)
@@ -153,19 +153,19 @@ def test_a_kernel_is_tried_on_the_model_before_it_is_used(problem: str, monkeypa
         return right(*args) * 1.1
 
     right = decode_kernel.matmul
-    monkeypatch.setattr(fit, "fastest", lambda *args, **kwargs: "matmul")
+    monkeypatch.setattr(speedups, "fastest", lambda *args, **kwargs: "matmul")
     monkeypatch.setattr(decode_kernel, "matmul", bad)
     slots, static = engines_of()
     given = many()
     assert answers_of(slots, given) == answers_of(static, given)
-    assert slots.numerics["decode_attention"] == "sdpa" and slots.fit._features is not None
+    assert slots.numerics["decode_attention"] == "sdpa" and slots.fit._speedups.features is not None
 
 
 def test_where_no_kernel_is_fit_to_be_timed_the_tried_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> str:
         raise torch.OutOfMemoryError("no room for 256 MiB")
 
-    monkeypatch.setattr(fit, "fastest", full)
+    monkeypatch.setattr(speedups, "fastest", full)
     slots, static = engines_of()
     given = many()
     assert answers_of(slots, given) == answers_of(static, given)

@@ -21,7 +21,7 @@ from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.options import DecodeAttention, SlotsConfig
 from pipeline.vlm.sampling import Sampler
 from pipeline.vlm.slots import engine as engine_module
-from pipeline.vlm.slots import fit as fit_module
+from pipeline.vlm.slots import speedups
 from pipeline.vlm.slots.engine import SlotsEngine
 from pipeline.vlm.slots.loop import Decoder, SlotLoop
 from pipeline.vlm.slots.prefill import Prefill
@@ -162,7 +162,7 @@ def test_tokens_read_late_are_the_same(settings: str) -> None:
 def test_recorded_steps_give_the_same(name: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several capacities, in slots of which some are free."""
     record = Recorder()
-    monkeypatch.setattr(fit_module, "recorder", lambda device: record)
+    monkeypatch.setattr(speedups, "recorder", lambda device: record)
     slots, static = engines_of(name, num_slots=6)
     slots.fit.reads_late = late
     given = [replace(one, max_new_tokens=60) if number % 4 == 0 else one for number, one in enumerate(many(name, 60))]
@@ -182,7 +182,7 @@ def test_recorded_steps_that_go_wrong_are_given_up(monkeypatch: pytest.MonkeyPat
         return lambda: logits_NV
 
     for record in (refused, stale):
-        monkeypatch.setattr(fit_module, "recorder", lambda device, record=record: record)
+        monkeypatch.setattr(speedups, "recorder", lambda device, record=record: record)
         slots, static = engines_of()
         assert answers_of(slots, many()) == answers_of(static, many())
         assert all(slots.fit.verdicts.values())

@@ -15,7 +15,7 @@ import torch
 from pipeline.errors import Interrupted, RunFailed
 from pipeline.records import Answer, EncodedSample, Fault, Stage
 from pipeline.vlm.answer import Ending, Generation
-from pipeline.vlm.base import Batcher, EngineCounts, OnToken, StopSignal, Trace
+from pipeline.vlm.base import Batcher, EngineCounts, OnToken, Settle, StopSignal, Trace, not_kept
 from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.failure import described, is_out_of_memory, raise_fatal, release_memory
 from pipeline.vlm.generation import GenerationSettings
@@ -37,7 +37,11 @@ _CALM_ANSWERS = 256  # after so many without trouble a budget that shrank double
 
 
 class SlotsEngine:
-    """See the module's docstring. One engine serves one run. `static` answers what the slots do not."""
+    """See the module's docstring. One engine serves one run.
+
+    static: answers what the slots do not.
+    settle: keeps the choice of kernels.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class SlotsEngine:
         settings: GenerationSettings,
         max_new_tokens: int,
         stop: StopSignal,
+        settle: Settle = not_kept,
     ) -> None:
         self._loaded, self._batcher = loaded, batcher
         self._ending, self._static, self._stop = ending, static, stop
@@ -63,6 +68,7 @@ class SlotsEngine:
             transformers_settings(loaded, settings, ending),
             options=options,
             max_new_tokens=max_new_tokens,
+            settle=settle,
         )
         self._shared_prefix: SharedPrefix | None = None
         if options.reuse_prefixes and not has_windows(loaded.model.config):

@@ -1,7 +1,7 @@
 """What of a model the slots may use: tried on rows, before any row is answered so.
 
 Rows whose tensors have other names, say rows without an image, are tried for themselves. What a trial refuses is given
-up, the most dispensable first: the reuse of encoded images, recorded steps, faster products, and then the slots.
+up: what makes the model faster (speedups.py), and then the slots.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from typing import Any
 
 import torch
 
-from pipeline.vlm.base import Batcher, EngineCounts
+from pipeline.errors import RunFailed
+from pipeline.vlm.base import Batcher, EngineCounts, Settle
 from pipeline.vlm.failure import described, free_bytes, raise_fatal
 from pipeline.vlm.inputs import ModelInputs
 from pipeline.vlm.load import LoadedModel
-from pipeline.vlm.options import DecodeAttention, SlotsConfig
-from pipeline.vlm.slots.decode_kernel import fastest, kernels
+from pipeline.vlm.options import SlotsConfig
 from pipeline.vlm.slots.features import ImageFeatures
-from pipeline.vlm.slots.graph import RecordedDecoder, recorder
+from pipeline.vlm.slots.graph import RecordedDecoder
 from pipeline.vlm.slots.loop import Choose, SlotLoop
 from pipeline.vlm.slots.memory import SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
-from pipeline.vlm.slots.projection import Projections
-from pipeline.vlm.slots.prompt_attention import Way, fastest_way
 from pipeline.vlm.slots.queue import Waiting
+from pipeline.vlm.slots.speedups import Speedups
 from pipeline.vlm.slots.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -39,8 +38,6 @@ _FIRST_CELLS = 1 << 16  # until a trial has shown how large one is
 # Of free memory, for keys and values: prompts need the rest, and on a CPU other programs.
 _FREE_SHARE, _FREE_SHARE_CPU = 0.8, 0.4
 _PATIENCE = 4  # decode steps of a shape before it is recorded: most shapes that come once come often
-_TRIED_TOKENS = 2048  # of a prompt, to see how fast it is attended to
-_WORTH_PACKING = 20_000_000  # parameters; below that calls cost more than their products
 
 
 class SlotsFit:
@@ -55,23 +52,20 @@ class SlotsFit:
         *,
         options: SlotsConfig,
         max_new_tokens: int,
+        settle: Settle,
     ) -> None:
         self._model, self._device = loaded.model, loaded.device
         self._batcher, self._inputs, self._settings = batcher, inputs, settings
         self._options, self._max_new_tokens = options, max_new_tokens
         self.verdicts: dict[frozenset[str], bool] = {}  # by the names of a sample's tensors
         self._shares: bool | None = None  # not known yet
-        self._features: ImageFeatures | None = None
+        features = None
         if options.reuse_images:
-            self._features = ImageFeatures(loaded.model, batcher, inputs, max_bytes=_FEATURE_BYTES)
-        self._record = recorder(self._device) if options.cuda_graphs else None
+            features = ImageFeatures(loaded.model, batcher, inputs, max_bytes=_FEATURE_BYTES)
+        self._speedups = Speedups(loaded.model, self._device, features, options, settle)
         # A CPU that waits for nothing gains nothing by reading late, and would compute each row once too often.
         self.reads_late = self._device.type == "cuda"
-        self._projections: Projections | None = None
-        self._way: Way | None = None  # of attention to prompts
         self._shares_cells = False  # whether rows look at one copy of their prefix
-        self._kernels = kernels(self._device)
-        self._kernel = "sdpa" if options.decode_attention is DecodeAttention.auto else options.decode_attention.value
         self._max_cells = options.max_slot_tokens or _FIRST_CELLS
         self._like_HTD: torch.Tensor | None = None  # keys of the model
         self._prefill: Prefill | None = None
@@ -85,8 +79,8 @@ class SlotsFit:
     @counts.setter
     def counts(self, counts: EngineCounts) -> None:
         self._counts = counts
-        if self._features is not None:
-            self._features.counts = counts
+        if self._speedups.features is not None:
+            self._speedups.features.counts = counts
 
     @property
     def serves_nothing(self) -> bool:
@@ -96,17 +90,14 @@ class SlotsFit:
     @property
     def numerics(self) -> Mapping[str, str]:
         """What may differ in the last bits between two runs."""
-        products = str(self._projections.choice) if self._projections else "plain"
-        prompts = "torch" if self._way is None else self._way.name
-        steps = {"decode_steps": "recorded"} if self._record is not None else {}
-        return {"decode_attention": self._kernel, "prompt_attention": prompts, "products": products, **steps}
+        return self._speedups.numerics
 
     def loop(self, choose: Choose) -> SlotLoop:
         """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
         self._memory = SlotMemory(
             max_slots=self._options.max_batch_rows,
             max_cells=self._max_cells,
-            kernel=self._kernels[self._kernel],
+            kernel=self._speedups.kernel,
             shares_prefixes=self._shares_cells,
         )
         loop, self._prefill = self._loop_over(self._memory, choose, patience=_PATIENCE, late=self.reads_late)
@@ -116,11 +107,11 @@ class SlotsFit:
         self, memory: SlotMemory, choose: Choose, *, patience: int, late: bool = False
     ) -> tuple[SlotLoop, Prefill]:
         recorded = None
-        if self._record is not None:  # a trial may yet forbid it
+        if self._speedups.record is not None:  # a trial may yet forbid it
             recorded = partial(
                 RecordedDecoder,
                 memory=memory,
-                record=lambda: self._record,
+                record=lambda: self._speedups.record,
                 give_up=self._stop_recording,
                 patience=patience,
             )
@@ -129,14 +120,14 @@ class SlotsFit:
             self._batcher,
             self._inputs,
             self._settings,
-            self._features,
+            self._speedups.features,
             needs_history=choose.needs_history,
-            way=self._way,
+            way=self._speedups.way,
         )
         return SlotLoop(prefill, memory, choose, self.counts, recorded, late=late), prefill
 
     def _stop_recording(self) -> None:
-        self._record = None
+        self._speedups.record = None
 
     def serves(self, group: Sequence[Waiting]) -> bool:
         """Whether the slots serve rows like these; tried once for each set of tensors."""
@@ -162,8 +153,8 @@ class SlotsFit:
         finally:
             self.counts.trial_seconds += time.perf_counter() - began
             if self._prefill is not None and self._memory is not None:
-                self._prefill.features, self._prefill.way = self._features, self._way
-                self._memory.max_cells, self._memory.kernel = self._max_cells, self._kernels[self._kernel]
+                self._prefill.features, self._prefill.way = self._speedups.features, self._speedups.way
+                self._memory.max_cells, self._memory.kernel = self._max_cells, self._speedups.kernel
                 self._memory.shares_prefixes = self._shares_cells
 
     def _try_shared(self, group: Sequence[Waiting]) -> bool:
@@ -173,7 +164,7 @@ class SlotsFit:
             raise_fatal(problem)
             log.info("slots: each prompt is computed from its beginning (%s: %s)", *described(problem))
             return False
-        self._shares_cells = self._kernels[self._kernel].attend_to_part is not None
+        self._shares_cells = self._speedups.kernel.attend_to_part is not None
         while True:
             error, difference = self._measured(trial)
             if error <= trial.bound:
@@ -193,51 +184,20 @@ class SlotsFit:
             raise_fatal(problem)
             log.warning("slots: generate() itself failed on the rows to try (%s: %s)", *described(problem))
             return False
-        self._speed_up(max(one.sample.num_tokens for one in trial.waiting))
+        if not self.verdicts:  # once, after the model as it is has told the truth
+            self._speedups.find(max(one.sample.num_tokens for one in trial.waiting))
         while True:
             error, difference = self._measured(trial)
             if error <= trial.bound:
                 log.info(
                     "slots: logits agree with generate() to %.0e of the largest (allowed: %.0e)", error, trial.bound
                 )
-                if not self.verdicts and self._options.decode_attention is DecodeAttention.auto:
+                if not self.verdicts:
                     self._take_fastest_attention(trial)
                 return True
-            if self._features is not None:
-                self._features = None
-                log.info("slots: images are encoded with their prompts, as otherwise %s", difference)
-            elif self._record is not None:
-                self._record = None
-                log.info("slots: decode steps are not recorded, as otherwise %s", difference)
-            elif self._way is not None:
-                self._way = None
-                log.info("slots: prompts are attended to by torch's kernel, as otherwise %s", difference)
-            elif self._projections is not None:
-                self._projections.restore()
-                self._projections = None
-                log.info("slots: projections are left as they are, as otherwise %s", difference)
-            else:
+            if not self._speedups.give_up(difference):
                 log.warning("this model does not fit the slots engine (%s); padded batches answer its rows", difference)
                 return False
-
-    def _speed_up(self, num_tokens: int) -> None:
-        """Once, after the model as it is has told the truth: its products and attention to prompts of a length."""
-        options = self._options
-        if self.verdicts:
-            return
-        if self._projections is None and (options.fused_projections or options.packed_weights):
-            self._projections = Projections(
-                self._model,
-                fuse=options.fused_projections,
-                pack=options.packed_weights and self._model.num_parameters() >= _WORTH_PACKING,
-                free_bytes=free_bytes(self._device) // 2,
-            )
-        text = self._model.config.get_text_config(decoder=True)
-        if self._device.type != "cpu" or text._attn_implementation != "sdpa":
-            return
-        self._way = fastest_way(text, self._model.dtype, num_tokens=min(num_tokens, _TRIED_TOKENS))
-        if self._way is not None:
-            log.info("slots: prompts are attended to some queries at a time, by %s", self._way.doc)
 
     def _measured(self, trial: Trial) -> tuple[float, str]:
         """The largest difference of logits, of the largest logit, and how to say it."""
@@ -256,7 +216,7 @@ class SlotsFit:
             memory = SlotMemory(
                 max_slots=len(trial.waiting) + 1,
                 max_cells=sys.maxsize,
-                kernel=self._kernels[self._kernel],
+                kernel=self._speedups.kernel,
                 shares_prefixes=self._shares_cells,
             )
 
@@ -279,19 +239,20 @@ class SlotsFit:
 
     def _take_fastest_attention(self, trial: Trial) -> None:
         """Of the kernels for decode steps; one that the trial has not seen is tried, too."""
-        text = self._model.config.get_text_config(decoder=True)
-        num_cells = max(one.sample.num_tokens for one in trial.waiting) + self._max_new_tokens // 2
+        speedups, num_cells = self._speedups, max(one.sample.num_tokens for one in trial.waiting)
         assert self._like_HTD is not None
-        tried, num_rows, num_heads = self._kernel, self._options.max_batch_rows, text.num_attention_heads
+        tried = speedups.kernel
         try:
-            self._kernel = fastest(self._like_HTD, num_rows=num_rows, num_heads=num_heads, num_cells=num_cells)
-            error = self._error(trial) if self._kernel != tried else 0.0
+            speedups.kernel = speedups.fastest_kernel(self._like_HTD, num_cells + self._max_new_tokens // 2)
+            error = self._error(trial) if speedups.kernel is not tried else 0.0
             difference = f"logits differ by {error:.1e} of the largest"
+        except RunFailed:
+            raise
         except Exception as problem:  # whatever a kernel finds to say about a model
             raise_fatal(problem)
             error, difference = float("inf"), ": ".join(described(problem))
         if error > trial.bound:
-            log.info("slots: %s attends in decode steps; no other could be used: %s", tried, difference)
-            self._kernel = tried
+            log.info("slots: %s attends in decode steps; no other could be used: %s", tried.name, difference)
+            speedups.kernel = tried
             return
-        log.info("slots: %s attends in decode steps", self._kernel)
+        log.info("slots: %s attends in decode steps", speedups.kernel.name)

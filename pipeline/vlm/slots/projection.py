@@ -69,13 +69,26 @@ class Choice:
 
     names: tuple[str, ...] = ("plain",) * len(_PROBED_ROWS)
 
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """From what it is as a text.
+
+        Raises:
+            ValueError: it is none.
+        """
+        names = tuple(part.partition(" rows: ")[2] for part in text.split(", "))
+        choice = cls(names)
+        if len(names) != len(_PROBED_ROWS) or not set(names) <= _KERNELS.keys() or str(choice) != text:
+            raise ValueError(f"{text!r} is no choice of products like {cls()}")
+        return choice
+
     @property
     def copy_factor(self) -> int:
         """Bytes of all copies, over those of the weights."""
         return sum(_COPY_BYTES[name] for name in set(self.names))
 
     def __str__(self) -> str:
-        return ", ".join(f"{rows} rows: {name}" for rows, name in zip(_PROBED_ROWS, self.names, strict=True))
+        return ", ".join(f"{rows} rows: {name}" for rows, name in zip(_PROBED_ROWS, self.names, strict=False))
 
 
 def probed(weights_NK: Sequence[torch.Tensor]) -> Choice:
@@ -173,14 +186,23 @@ class Projections:
         fuse: join layers of one input.
         pack: on a CPU, keep copies of weights as its kernels read them, as far as memory allows.
         free_bytes: what the copies may take.
+        choose: finds the kernels for weights of one shape.
     """
 
-    def __init__(self, model: nn.Module, *, fuse: bool, pack: bool, free_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        fuse: bool,
+        pack: bool,
+        free_bytes: int,
+        choose: Callable[[list[torch.Tensor]], Choice] = probed,
+    ) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Linear]] = []
         self.choice = Choice()
         linears: list[Any] = [module for module in model.modules() if _is_plain(module)]
         if pack and linears and linears[0].weight.device.type == "cpu":
-            self.choice = probed(_largest_alike(linears))
+            self.choice = choose(_largest_alike(linears))
             needed = self.choice.copy_factor * sum(layer.weight.nbytes for layer in linears)
             if needed > free_bytes:
                 log.info("weights are not packed: copies take %.1f GiB, and there is less", needed / (1 << 30))

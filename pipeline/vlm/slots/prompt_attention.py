@@ -37,6 +37,7 @@ _QUERIES_OF_IMAGES = 512  # nothing is hidden: 64 of 257 took 1.2 times as long 
 _SCORE_BYTES, _MIN_QUERIES = 16 << 20, 16
 _HIDDEN = torch.finfo(torch.float32).min  # not infinity: what sees nothing, padding, is a number then
 _WORTH = 1.05
+TORCH = "torch"  # its own kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,15 +269,15 @@ for _way in WAYS.values():
 
 
 @torch.inference_mode()
-def fastest_way(text: Any, dtype: torch.dtype, *, num_tokens: int) -> Way | None:
-    """How prompts of so many tokens are attended to the fastest on this CPU; None by torch's own kernel.
+def fastest_way(text: Any, dtype: torch.dtype, *, num_tokens: int) -> str:
+    """How prompts of so many tokens are attended to the fastest on this CPU: a name of WAYS, or TORCH.
 
     A model in float32 has one way at every start, so that its answers are the same (decode_kernel.fastest).
 
     text: the configuration of a language model.
     """
     if dtype == torch.float32:
-        return WAYS["float32"]
+        return "float32"
     num_heads = text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // num_heads
@@ -288,9 +289,7 @@ def fastest_way(text: Any, dtype: torch.dtype, *, num_tokens: int) -> Way | None
         way.name: partial(way.compute, query_BQTD, key_BHSD, key_BHSD, _stretches(mask_B1TS, _QUERIES), None)
         for way in WAYS.values()
     }
-    calls["torch"] = lambda: functional.scaled_dot_product_attention(
-        query_BQTD, key_BQSD, key_BQSD, attn_mask=mask_B1TS
-    )
+    calls[TORCH] = lambda: functional.scaled_dot_product_attention(query_BQTD, key_BQSD, key_BQSD, attn_mask=mask_B1TS)
     seconds = best_seconds(calls)
     best = min(seconds, key=lambda name: seconds[name])
-    return WAYS[best] if best in WAYS and seconds["torch"] > _WORTH * seconds[best] else None
+    return best if seconds[TORCH] > _WORTH * seconds[best] else TORCH
