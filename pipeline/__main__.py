@@ -54,7 +54,8 @@ exit codes: 0 done, 1 failed, 2 wrong usage or settings, 75 interrupted (run the
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    atexit.register(gc.freeze)  # nothing to collect at the end: a second, after torch and transformers
+    if argv is None:
+        atexit.register(gc.freeze)  # nothing to collect at the end: a second, after torch and transformers
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Shown("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
