@@ -43,6 +43,7 @@ class DecodeAttention(Enum):
 
     auto = "auto"
     matmul = "matmul"
+    embedding_bag = "embedding_bag"
     sdpa = "sdpa"
     flash = "flash"
 
@@ -144,7 +145,7 @@ class SlotsConfig(EngineConfig):
     reuse_prefixes: bool = option(True, "compute once what several prompts about one image begin with", speed=True)
     decode_attention: DecodeAttention = option(
         DecodeAttention.auto,
-        "kernel of decode steps: auto (the fastest, tried at start), matmul, sdpa or, on CUDA, flash",
+        "kernel of decode steps: auto (the fastest, tried at start), matmul, sdpa, embedding_bag (CPU) or flash (CUDA)",
         speed=True,
     )
     fused_projections: bool = option(True, "compute q, k and v, and gate and up, as one product each", speed=True)

@@ -85,7 +85,7 @@ def test_what_is_infinite_in_one_familys_row_stays_there(kernel: Kernel) -> None
     assert memory.cache is not None
     [layer] = memory.cache.layers
     before = attend_to_both(layer, query_BHGD, 0.3)
-    slots[0].pool.keys_KNHSD[0][0, slots[0].index, :, 0] = torch.nan
+    slots[0].pool.by_cell(slots[0].pool.keys[0][0, slots[0].index])[:, 0] = torch.nan
     after = attend_to_both(layer, query_BHGD, 0.3)
     assert after[0].isnan().all() and torch.equal(after[1:], before[1:])
 

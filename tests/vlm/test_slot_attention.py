@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("name", ["matmul", "matmul in blocks", "sdpa", "flash"])
+@pytest.mark.parametrize("name", ["matmul", "matmul in blocks", "embedding_bag in blocks", "sdpa", "flash"])
 def test_each_row_attends_to_its_own_cells(
     name: str,
     group: int,
@@ -81,14 +82,16 @@ def test_each_row_attends_to_its_own_cells(
 ) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(pool, "_BLOCK_CELLS", 8)
-    slots = Pool(CELLS, in_blocks=name == "matmul in blocks")
-    keys, values = (slots.storage(torch.empty(HEADS, 1, SIZE), 4).normal_() for _ in range(2))
-    assert keys.is_contiguous() is not layout and len(keys) == (3 if name == "matmul in blocks" else 1)
+    in_blocks = name.endswith("in blocks")
+    slots = Pool(CELLS, in_blocks=in_blocks)
+    like = torch.empty(HEADS, 1, SIZE)
+    keys, values = (tensor.normal_() for tensor in slots.storage(like, like, 4))
+    assert keys.is_contiguous() is (in_blocks or not layout) and len(keys) == (3 if in_blocks else 1)
     share = Share(slots, 0, 3, torch.tensor(INDEX), 4, torch.tensor(LENGTHS), max(LENGTHS) + 1)
     query = torch.randn(4, HEADS, group, SIZE)
-    attend = getattr(decode_kernel, name.split()[0])
+    attend = kernels(CPU)[name.split()[0]].attend if in_blocks else getattr(decode_kernel, name)
     found = attend(query, keys, values, share, window, 0.3, softcap)
-    keys, values = torch.cat(list(keys), 2), torch.cat(list(values), 2)
+    keys, values = torch.cat(list(slots.by_cell(keys)), 2), torch.cat(list(values), 2)
     for index, length in zip(INDEX, LENGTHS, strict=True):
         first = 0 if window is None else max(0, length + 1 - window)
         scores = 0.3 * query[index] @ keys[index, :, first : length + 1].transpose(-1, -2)
@@ -107,8 +110,8 @@ def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.Monk
         return flash_forward(query, keys, values, *args, **kwargs)
 
     monkeypatch.setattr(decode_kernel, "_flash_forward", watching)
-    slots = Pool(CELLS)
-    keys, values = (slots.storage(torch.empty(HEADS, 1, SIZE), 4).normal_() for _ in range(2))
+    slots, like = Pool(CELLS), torch.empty(HEADS, 1, SIZE)
+    keys, values = (tensor.normal_() for tensor in slots.storage(like, like, 4))
     share = Share(slots, 0, 3, torch.arange(3), 3, torch.tensor(LENGTHS), 21)
     decode_kernel.flash(torch.randn(3, HEADS, 1, SIZE), keys[:, :3], values[:, :3], share, None, 1.0, None)
     assert seen == [keys.data_ptr(), values.data_ptr()]
@@ -126,23 +129,29 @@ def test_answers_by_flash_attention_are_those_of_padded_batches(
     assert slots.numerics["decode_attention"] == "flash" and all(slots.fit.verdicts.values())
 
 
+def changed(monkeypatch: pytest.MonkeyPatch, module: Any, **attends: Any) -> None:
+    """Let a module find other functions in these kernels of a CPU."""
+    found = {name: replace(kernel, attend=attends.get(name, kernel.attend)) for name, kernel in kernels(CPU).items()}
+    monkeypatch.setattr(module, "kernels", lambda device: found)
+
+
 def test_of_the_kernels_the_fastest_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*args: Any) -> torch.Tensor:
         raise RuntimeError("head of 12 dimensions\nand a long story")
 
     def slow(*args: Any) -> torch.Tensor:
         time.sleep(0.05)
-        return sdpa(*args)
+        return decode_kernel.matmul(*args)
 
-    sdpa = decode_kernel.sdpa
     like = torch.zeros(HEADS, 1, SIZE, dtype=torch.bfloat16)
-    for other, wanted in ((refuses, "sdpa"), (slow, "sdpa")):
-        monkeypatch.setattr(decode_kernel, "matmul", other)
-        assert decode_kernel.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == wanted
-    monkeypatch.undo()
-    monkeypatch.setattr(decode_kernel, "sdpa", slow)
-    assert decode_kernel.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == "matmul"
-    assert decode_kernel.fastest(like.float(), num_rows=4, num_heads=HEADS, num_cells=10) == "sdpa"  # at every start
+    names = list(kernels(CPU))
+    for wanted in names:
+        for other in (refuses, slow):
+            with monkeypatch.context() as patch:
+                changed(patch, decode_kernel, **{name: other for name in names if name != wanted})
+                assert decode_kernel.fastest(like, num_rows=4, num_heads=HEADS, num_cells=10) == wanted
+                found = decode_kernel.fastest(like.float(), num_rows=4, num_heads=HEADS, num_cells=10)
+                assert found == "sdpa"  # at every start
 
 
 @pytest.mark.parametrize("problem", ["it raises", "it is wrong"])
@@ -152,9 +161,9 @@ def test_a_kernel_is_tried_on_the_model_before_it_is_used(problem: str, monkeypa
             raise RuntimeError("head of 12 dimensions")
         return right(*args) * 1.1
 
-    right = decode_kernel.matmul
+    right = kernels(CPU)["matmul"].attend
     monkeypatch.setattr(speedups, "fastest", lambda *args, **kwargs: "matmul")
-    monkeypatch.setattr(decode_kernel, "matmul", bad)
+    changed(monkeypatch, speedups, matmul=bad)
     slots, static = engines_of()
     given = many()
     assert answers_of(slots, given) == answers_of(static, given)
@@ -176,25 +185,41 @@ def test_the_last_kernel_to_fail_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     def refuses(*args: Any) -> torch.Tensor:
         raise RuntimeError("head of 12 dimensions")
 
-    for name in kernels(CPU):
-        monkeypatch.setattr(decode_kernel, name, refuses)
+    changed(monkeypatch, decode_kernel, **dict.fromkeys(kernels(CPU), refuses))
     with pytest.raises(RuntimeError, match="head of 12 dimensions"):
         decode_kernel.fastest(torch.zeros(HEADS, 1, SIZE).bfloat16(), num_rows=4, num_heads=HEADS, num_cells=10)
 
 
 def test_a_step_over_blocks_copies_no_keys() -> None:
     """oneDNN's products copy what is not contiguous: neither slots that are free nor cells not yet filled may be."""
-    slots = Pool(1024, in_blocks=True)
-    keys = slots.storage(torch.empty(HEADS, 1, SIZE), 8)
-    share = Share(slots, 0, 3, torch.arange(3), 3, torch.tensor([5, 300, 200]), 301)
-    blocks = decode_kernel._blocks(keys[:, :3], share)
-    assert [tuple(block.shape) for block in blocks] == [(3, HEADS, 128, SIZE)] * 3
-    assert all(block.is_contiguous() for block in blocks)
-    assert [block.data_ptr() for block in blocks] == [keys[number].data_ptr() for number in range(3)]
+    slots, like = Pool(1024, in_blocks=True), torch.empty(HEADS, 1, SIZE)
+    keys, values = slots.storage(like, like, 8)
+    for blocks, shape in (
+        (slots.key_blocks(keys[:, :3], 301), (3, HEADS, SIZE, 128)),
+        (slots.value_blocks(values[:, :3], 301), (3, HEADS, 128, SIZE)),
+    ):
+        assert [tuple(block.shape) for block in blocks] == [shape] * 3
+        assert all(block.is_contiguous() for block in blocks)
+    assert [block.data_ptr() for block in slots.key_blocks(keys, 301)] == [keys[place].data_ptr() for place in range(3)]
 
 
-def test_flash_attention_on_a_cpu_is_refused() -> None:
-    with pytest.raises(UsageError, match="decode_attention=flash needs a CUDA device"):
-        attention.check_decode_attention(DecodeAttention.flash, torch.device("cpu"))
-    for kernel in DecodeAttention:
-        attention.check_decode_attention(kernel, torch.device("cuda"))
+def test_what_a_row_has_not_filled_is_not_read() -> None:
+    """By embedding_bag: cells of other rows and of blocks that none has begun may hold anything."""
+    torch.manual_seed(0)
+    slots, like = Pool(512, in_blocks=True), torch.empty(HEADS, 1, SIZE)
+    keys, values = (tensor.normal_() for tensor in slots.storage(like, like, 5))
+    share = Share(slots, 0, 3, torch.tensor(INDEX), 4, torch.tensor((6, 200, 20)), 201)
+    query = torch.randn(4, HEADS, 1, SIZE)
+    attend = kernels(CPU)["embedding_bag"].attend
+    before = attend(query, keys[:, :4], values[:, :4], share, None, 0.3, None)
+    keys[1, 0], keys[2:], values[1, 0], values[2:], values[0, 0, :, 7:] = [torch.nan] * 5
+    share.look_at(201)
+    assert torch.equal(before, attend(query, keys[:, :4], values[:, :4], share, None, 0.3, None))
+
+
+@pytest.mark.parametrize(("device", "foreign"), [("cpu", "flash"), ("cuda", "embedding_bag"), ("mps", "flash")])
+def test_a_kernel_of_another_device_is_refused(device: str, foreign: str) -> None:
+    with pytest.raises(UsageError, match=f"decode_attention={foreign} is not for {device}, .* there are .*matmul"):
+        attention.check_decode_attention(DecodeAttention(foreign), torch.device(device))
+    for kernel in (DecodeAttention.auto, DecodeAttention.matmul, DecodeAttention.sdpa):
+        attention.check_decode_attention(kernel, torch.device(device))

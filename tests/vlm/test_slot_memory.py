@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -13,15 +15,20 @@ from pipeline.vlm.slots.prefix import Prefix
 HEADS, SIZE = 2, 4
 
 
-@pytest.fixture(params=[False, True], ids=["one block", "in blocks"], autouse=True)
-def in_blocks(request: pytest.FixtureRequest) -> bool:
-    global kernel
-    kernel = kernels(torch.device("cpu"))["matmul" if request.param else "sdpa"]
-    assert kernel.in_blocks is request.param
-    return kernel.in_blocks
+MemoryOf = Callable[..., SlotMemory]
 
 
-kernel: Kernel
+@pytest.fixture(params=["sdpa", "matmul"], ids=["one block", "in blocks"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return kernels(torch.device("cpu"))[request.param]
+
+
+@pytest.fixture
+def memory_of(kernel: Kernel) -> MemoryOf:
+    def build(*, max_slots: int = 8, max_cells: int = 10_000, shares_prefixes: bool = False) -> SlotMemory:
+        return SlotMemory(max_slots=max_slots, max_cells=max_cells, kernel=kernel, shares_prefixes=shares_prefixes)
+
+    return build
 
 
 def cells(num_tokens: int, fill: float = 1.0) -> KeysAndValues:
@@ -33,10 +40,6 @@ def prefix_of(num_tokens: int, fill: float = 1.0) -> Prefix:
     return Prefix(None, cells(num_tokens, fill), torch.zeros(1))
 
 
-def memory_of(*, max_slots: int = 8, max_cells: int = 10_000, shares_prefixes: bool = False) -> SlotMemory:
-    return SlotMemory(max_slots=max_slots, max_cells=max_cells, kernel=kernel, shares_prefixes=shares_prefixes)
-
-
 def enter(memory: SlotMemory, num_tokens: int, *, fill: float = 1.0, prefix: Prefix | None = None) -> Slot | None:
     """A row of so many tokens, half of them the answer's."""
     num_new_tokens = num_tokens // 2
@@ -45,7 +48,8 @@ def enter(memory: SlotMemory, num_tokens: int, *, fill: float = 1.0, prefix: Pre
 
 def filled(slot: Slot) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values [H, S, D] of a slot in each layer."""
-    both = zip(slot.pool.keys_KNHSD, slot.pool.values_KNHSD, strict=True)
+    pool = slot.pool
+    both = zip(map(pool.by_cell, pool.keys), pool.values, strict=True)
     return [(whole(keys_KNHSD, slot.index), whole(values_KNHSD, slot.index)) for keys_KNHSD, values_KNHSD in both]
 
 
@@ -54,7 +58,7 @@ def whole(cells_KNHSD: torch.Tensor, index: int) -> torch.Tensor:
     return torch.cat(list(cells_KNHSD[:, index]), 1)
 
 
-def test_one_long_row_does_not_size_all_slots() -> None:
+def test_one_long_row_does_not_size_all_slots(memory_of: MemoryOf) -> None:
     memory = memory_of(max_slots=16, max_cells=100_000)
     rows = [enter(memory, num_tokens) for num_tokens in [3000] + [60] * 15]
     assert all(rows)
@@ -62,13 +66,13 @@ def test_one_long_row_does_not_size_all_slots() -> None:
     assert enter(memory, 10) is None  # all slots are taken
 
 
-def test_no_slot_is_more_than_half_empty() -> None:
+def test_no_slot_is_more_than_half_empty(memory_of: MemoryOf) -> None:
     for num_tokens in (33, 64, 65, 97, 129, 1000, 4097, 70_000, 3_000_000):
         slot = memory_of(max_cells=10_000_000).enter(cells(2), None, num_tokens - 2)
         assert slot is not None and num_tokens <= slot.pool.num_cells < max(65, 1.5 * num_tokens)
 
 
-def test_room_is_kept_and_a_row_larger_than_all_of_it_stands_alone() -> None:
+def test_room_is_kept_and_a_row_larger_than_all_of_it_stands_alone(memory_of: MemoryOf) -> None:
     memory = memory_of(max_cells=256)
     first = enter(memory, 1000)
     assert first is not None
@@ -79,7 +83,7 @@ def test_room_is_kept_and_a_row_larger_than_all_of_it_stands_alone() -> None:
     assert memory.num_cells <= 256  # the idle pool of the long row has made room
 
 
-def test_growing_keeps_what_is_there_and_new_cells_are_zero() -> None:
+def test_growing_keeps_what_is_there_and_new_cells_are_zero(memory_of: MemoryOf) -> None:
     memory = memory_of(max_slots=32)
     slots = []
     for number in range(20):
@@ -94,14 +98,14 @@ def test_growing_keeps_what_is_there_and_new_cells_are_zero() -> None:
             assert not keys_HSD[:, 8:].any()
 
 
-def test_rows_longer_than_a_block_lie_in_several(in_blocks: bool) -> None:
+def test_rows_longer_than_a_block_lie_in_several(memory_of: MemoryOf, kernel: Kernel) -> None:
     memory = memory_of(max_cells=100_000)
     for num_tokens in (127, 128, 129, 300, 1000):
         keys, values = torch.randn(2, HEADS, num_tokens, SIZE)
         slot = memory.enter([(keys, values)], prefix_of(200), 50) if num_tokens < 1000 else None
         slot = slot or memory.enter([(keys, values)], None, 50)
         assert slot is not None
-        assert (slot.pool.num_blocks > 1) is in_blocks
+        assert (slot.pool.num_blocks > 1) is kernel.in_blocks
         first = slot.num_tokens - num_tokens
         [(keys_HSD, values_HSD)] = filled(slot)[:1]
         assert torch.equal(keys_HSD[:, first : slot.num_tokens], keys)
@@ -110,7 +114,7 @@ def test_rows_longer_than_a_block_lie_in_several(in_blocks: bool) -> None:
         assert keys_HSD.shape[1] >= slot.num_tokens + 50
 
 
-def test_a_step_writes_one_cell_of_each_row() -> None:
+def test_a_step_writes_one_cell_of_each_row(memory_of: MemoryOf) -> None:
     memory = memory_of(max_slots=4, max_cells=100_000)
     slots = [memory.enter(cells(num_tokens), None, 200) for num_tokens in (100, 127, 128, 140)]
     rows = sorted((slot for slot in slots if slot), key=lambda slot: (slot.pool.num_cells, slot.index))
@@ -127,7 +131,7 @@ def test_a_step_writes_one_cell_of_each_row() -> None:
         assert torch.equal(before_HSD, keys_HSD)  # of the other layer
 
 
-def test_a_wiped_slot_holds_nothing() -> None:
+def test_a_wiped_slot_holds_nothing(memory_of: MemoryOf) -> None:
     memory = memory_of()
     slot = enter(memory, 20, fill=float("nan"))
     assert slot is not None
@@ -135,14 +139,14 @@ def test_a_wiped_slot_holds_nothing() -> None:
     assert not any(tensor.any() for layer in filled(slot) for tensor in layer)
 
 
-def test_other_storage_has_another_generation() -> None:
+def test_other_storage_has_another_generation(memory_of: MemoryOf) -> None:
     """Recorded steps go by it: they know the storage by its address."""
     memory = memory_of(max_slots=32)
     seen: dict[int, list[int]] = {}
     for _ in range(20):
         slot = enter(memory, 50)
         assert slot is not None
-        addresses = [tensor.data_ptr() for tensor in (*slot.pool.keys_KNHSD, *slot.pool.values_KNHSD)]
+        addresses = [tensor.data_ptr() for tensor in (*slot.pool.keys, *slot.pool.values)]
         assert seen.setdefault(slot.pool.generation, addresses) == addresses
     assert len(seen) > 2
     other = enter(memory_of(), 50)
@@ -152,14 +156,14 @@ def test_other_storage_has_another_generation() -> None:
 # Prefixes ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_of_its_own_has_its_prefix_before_the_rest() -> None:
+def test_a_row_of_its_own_has_its_prefix_before_the_rest(memory_of: MemoryOf) -> None:
     slot = enter(memory_of(), 20, fill=2.0, prefix=prefix_of(100, 1.0))
     assert slot is not None and slot.prefix is None and slot.num_tokens == 110
     for keys_HSD, _ in filled(slot):
         assert keys_HSD[0, :, 0].tolist() == [1.0] * 100 + [2.0] * 10 + [0.0] * (slot.pool.num_cells - 110)
 
 
-def test_rows_of_one_prefix_have_it_once_and_as_long_as_there_is_one_of_them() -> None:
+def test_rows_of_one_prefix_have_it_once_and_as_long_as_there_is_one_of_them(memory_of: MemoryOf) -> None:
     memory = memory_of(shares_prefixes=True)
     prefix, other = prefix_of(100, 1.0), prefix_of(100, 3.0)
     rows = [enter(memory, 20, fill=2.0, prefix=one) for one in (prefix, prefix, prefix, other)]
@@ -172,8 +176,10 @@ def test_rows_of_one_prefix_have_it_once_and_as_long_as_there_is_one_of_them() -
     assert slots[3].prefix is not None and slots[3].prefix.index != held.index and slots[3].prefix.pool is held.pool
     for slot, fill in ((slots[0], 1.0), (slots[3], 3.0)):
         assert slot.prefix is not None
-        for keys_KNHSD in slot.prefix.pool.keys_KNHSD:
-            assert whole(keys_KNHSD, slot.prefix.index)[0, :, 0].tolist() == [fill] * 100 + [0.0] * 28
+        for keys in slot.prefix.pool.keys:
+            assert (
+                whole(slot.prefix.pool.by_cell(keys), slot.prefix.index)[0, :, 0].tolist() == [fill] * 100 + [0.0] * 28
+            )
     for slot in slots[:2]:
         memory.release(slot)
         assert held.pool.num_live == 2
@@ -183,19 +189,19 @@ def test_rows_of_one_prefix_have_it_once_and_as_long_as_there_is_one_of_them() -
     assert again is not None and again.prefix is not held and held.pool.num_live == 2
 
 
-def test_what_is_not_finite_in_a_prefix_goes_with_its_last_row() -> None:
+def test_what_is_not_finite_in_a_prefix_goes_with_its_last_row(memory_of: MemoryOf) -> None:
     memory = memory_of(shares_prefixes=True)
     prefix = prefix_of(100, float("nan"))
     first, second = enter(memory, 20, prefix=prefix), enter(memory, 20, prefix=prefix)
     assert first is not None and second is not None and first.prefix is not None
-    [keys_KNHSD, *_] = first.prefix.pool.keys_KNHSD
+    keys_KNHSD = first.prefix.pool.by_cell(first.prefix.pool.keys[0])
     memory.release(first, wipe=True)
     assert whole(keys_KNHSD, first.prefix.index).isnan().any()  # the other row's answer is as wrong with it as without
     memory.release(second)
     assert not keys_KNHSD.any()
 
 
-def test_prefixes_count_as_what_the_slots_hold() -> None:
+def test_prefixes_count_as_what_the_slots_hold(memory_of: MemoryOf) -> None:
     memory = memory_of(max_cells=64 * 4 + 128, shares_prefixes=True)
     prefix = prefix_of(100)
     first = enter(memory, 20, prefix=prefix)
@@ -211,7 +217,7 @@ def test_prefixes_count_as_what_the_slots_hold() -> None:
     assert memory.num_cells == 384  # idle pools have made room, those of prefixes, too
 
 
-def test_a_row_for_which_there_is_no_room_leaves_its_prefix_behind() -> None:
+def test_a_row_for_which_there_is_no_room_leaves_its_prefix_behind(memory_of: MemoryOf) -> None:
     memory = memory_of(max_cells=128, shares_prefixes=True)
     alone = enter(memory, 20, prefix=prefix_of(1000))
     assert alone is not None  # larger than all the memory, and alone
@@ -222,7 +228,9 @@ def test_a_row_for_which_there_is_no_room_leaves_its_prefix_behind() -> None:
     assert memory._prefixes == {}
 
 
-def test_a_device_that_fails_on_the_way_leaves_nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_fails_on_the_way_leaves_nothing_held(
+    memory_of: MemoryOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = memory_of(shares_prefixes=True)
     prefix = prefix_of(100)
     for failing, time in (("write", 1), ("write", 2), ("grow", 1), ("grow", 2)):

@@ -113,6 +113,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "room for few tokens": {"max_slot_tokens": 300},
     "room for no row": {"max_slot_tokens": 8},
     "attention by products": {"decode_attention": DecodeAttention.matmul},
+    "attention by sums of vectors": {"decode_attention": DecodeAttention.embedding_bag},
     "attention by SDPA": {"decode_attention": DecodeAttention.sdpa},
     "nothing reused": {"reuse_images": False, "reuse_prefixes": False, "fused_projections": False},
 }
@@ -331,7 +332,7 @@ def test_logits_that_are_not_finite_are_an_error_row_and_harm_nobody() -> None:
     assert found[:1] + found[2:] == wanted[:1] + wanted[2:]
 
 
-@pytest.mark.parametrize("kernel", [DecodeAttention.matmul, DecodeAttention.sdpa])
+@pytest.mark.parametrize("kernel", [DecodeAttention.matmul, DecodeAttention.embedding_bag, DecodeAttention.sdpa])
 def test_a_slot_that_held_numbers_which_are_not_finite_harms_no_later_row(kernel: DecodeAttention) -> None:
     """Fault 49: a slot that held NaN harms no later row."""
     slots, static = engines_of(num_slots=2, ending={"ignore_eos": True}, decode_attention=kernel)

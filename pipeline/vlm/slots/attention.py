@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 from pipeline.errors import UsageError
 from pipeline.vlm.options import DecodeAttention
+from pipeline.vlm.slots.decode_kernel import kernels
 from pipeline.vlm.slots.prefix_attention import attend_to_both
 
 NAME = "vlm_batch_slots"  # as transformers knows our attention function
@@ -50,9 +51,8 @@ def attend(
         return out_BHGD.reshape(len(out_BHGD), 1, num_heads, -1), None
     found = []
     for share in layer.memory.shares:
-        keys_KNHSD, values_KNHSD = layer.parts(share)
         out_NHGD = layer.memory.kernel.attend(
-            share.by_slot(query_BHGD), keys_KNHSD, values_KNHSD, share, window, scale, softcap
+            share.by_slot(query_BHGD), *layer.parts(share), share, window, scale, softcap
         )
         found.append(share.by_row(out_NHGD))
     out_BHGD = found[0] if len(found) == 1 else torch.cat(found)
@@ -68,8 +68,8 @@ def check_decode_attention(wanted: DecodeAttention, device: torch.device) -> Non
     Raises:
         UsageError: the kernel that was asked for is not for this device.
     """
-    if wanted is DecodeAttention.flash and device.type != "cuda":
+    if wanted is not DecodeAttention.auto and wanted.value not in (found := kernels(device)):
         raise UsageError(
-            "engine.decode_attention=flash needs a CUDA device, and the model is on "
-            f"{device.type}; auto takes the fastest that works"
+            f"engine.decode_attention={wanted.value} is not for {device.type}, where the model is; there are "
+            f"{', '.join(found)}, and auto takes the fastest that works"
         )

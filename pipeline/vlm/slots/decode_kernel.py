@@ -1,10 +1,9 @@
 """Kernels of decode steps: one new token in each slot looks at what its slot holds. No padding, no repeated heads.
 
-`matmul` are two matrix products and a softmax in float32; heads that share keys and values are the rows of one product.
-On a CPU it reads keys and values block by block (pool.py). `sdpa` is torch's fused kernel with a mask; on CPUs it is
-made for long queries and may take several times as long for a single one in bfloat16. `flash` is the FlashAttention
-that comes with torch, on CUDA in half precision: it is told how long each row is and reads no further. Which is the
-fastest is tried (`fastest`).
+`matmul` and `embedding_bag` compute products in two ways, with a softmax in float32 (decode_products.py). `sdpa` is
+torch's fused kernel with a mask; on CPUs it is made for long queries and may take several times as long for one query
+in bfloat16. `flash` is the FlashAttention that comes with torch, on CUDA in half precision: it is told how long each
+row is and reads no further. Which is the fastest is tried (`fastest`).
 
 Shapes: B rows, H heads of keys and values, G of queries that share one, T queries, N slots, K blocks of S cells each, L
 cells that are looked at, D of a head.
@@ -13,7 +12,7 @@ cells that are looked at, D of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from pipeline.vlm.failure import raise_fatal
+from pipeline.vlm.slots.decode_products import Bags, Matmul, Part, attend, attend_to_part
 from pipeline.vlm.slots.pool import Pool
 from pipeline.vlm.slots.race import best_seconds
 from pipeline.vlm.slots.share import PrefixShare, Share
@@ -33,14 +33,12 @@ _TRIED_BYTES = 1 << 28  # of keys, and as much of values
 # What varlen_attn calls; its own argument for the rows' lengths came after torch 2.11.
 _flash_forward = torch.ops.aten._flash_attention_forward
 
-# query [N, H, G, D], keys and values [K, N, H, S, D], the rows, sliding window, scale, softcap -> [N, H, G, D]
+# query [N, H, G, D], keys and values as they lie in a pool, the rows, sliding window, scale, softcap -> [N, H, G, D]
 Attend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Share, int | None, float, float | None],
     torch.Tensor,
 ]
-# The result of attention [..., D], and the logarithm of the sum of exponentials that it was divided by [...].
-Part = tuple[torch.Tensor, torch.Tensor]
-# query [N, H, T, D], keys and values [K, N, H, S, D], the rows or their prefixes, scale -> [N, H, T, D] and [N, H, T]
+# query [N, H, T, D], keys and values as they lie, the rows or their prefixes, scale -> [N, H, T, D] and [N, H, T]
 AttendToPart = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Share | PrefixShare, float], Part]
 
 
@@ -62,72 +60,22 @@ def kernels(device: torch.device) -> dict[str, Kernel]:
     """All that there are for a device, by name."""
     if device.type == "cpu":
         found = [
-            Kernel("matmul", matmul, in_blocks=True, attend_to_part=matmul_part),
-            Kernel("sdpa", sdpa, attend_to_part=sdpa_part),
+            Kernel(
+                name,
+                partial(attend, products=products),
+                in_blocks=True,
+                attend_to_part=partial(attend_to_part, products=products),
+            )
+            for name, products in (("matmul", Matmul()), ("embedding_bag", Bags()))
         ]
+        found += [Kernel("sdpa", sdpa, attend_to_part=sdpa_part)]
     else:
         found = [Kernel("matmul", matmul), Kernel("sdpa", sdpa)]
         found += [Kernel("flash", flash)] * (device.type == "cuda")
     return {kernel.name: kernel for kernel in found}
 
 
-def matmul(
-    query_NHGD: torch.Tensor,
-    keys_KNHSD: torch.Tensor,
-    values_KNHSD: torch.Tensor,
-    share: Share,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Matrix products over the cells of the longest row, the softmax between them in float32."""
-    scores_NHGL = _scores(query_NHGD * scale, _blocks(keys_KNHSD, share))
-    if softcap is not None:
-        scores_NHGL = softcap * torch.tanh(scores_NHGL / softcap)
-    scores_NHGL.masked_fill_(share.mask(window), -torch.inf)
-    shares_NHGL = torch.softmax(scores_NHGL, -1, dtype=torch.float32).to(values_KNHSD.dtype)
-    return _mixed(shares_NHGL, _blocks(values_KNHSD, share))
-
-
-def matmul_part(
-    query_NHTD: torch.Tensor,
-    keys_KNHSD: torch.Tensor,
-    values_KNHSD: torch.Tensor,
-    share: Share | PrefixShare,
-    scale: float,
-) -> Part:
-    """The same, and the sums."""
-    scores_NHTL = _scores(query_NHTD * scale, _blocks(keys_KNHSD, share))
-    hidden_N11L = share.mask()
-    if hidden_N11L is not None:
-        scores_NHTL.masked_fill_(hidden_N11L, -torch.inf)
-    shares_NHTL = torch.softmax(scores_NHTL, -1, dtype=torch.float32)
-    # The largest share is exp(largest score) over the sum: no exponentials but those of the softmax.
-    sum_NHT = scores_NHTL.amax(-1).float() - shares_NHTL.amax(-1).log()
-    return _mixed(shares_NHTL.to(values_KNHSD.dtype), _blocks(values_KNHSD, share)), sum_NHT
-
-
-def _blocks(cells_KNHSD: torch.Tensor, share: Share | PrefixShare) -> list[torch.Tensor]:
-    """[N, H, S, D] each, the first ones, as far as they are read."""
-    num_read, size = share.pool.num_read_cells(share.num_cells), cells_KNHSD.shape[3]
-    return [cells_KNHSD[start // size][:, :, : num_read - start] for start in range(0, num_read, size)]
-
-
-def _scores(query_NHTD: torch.Tensor, keys_NHSD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[N, H, T, L]."""
-    found = [torch.matmul(query_NHTD, block_NHSD.transpose(-1, -2)) for block_NHSD in keys_NHSD]
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-
-def _mixed(shares_NHTL: torch.Tensor, values_NHSD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[N, H, T, D]: values by their shares, blocks added up in float32."""
-    if len(values_NHSD) == 1:
-        return torch.matmul(shares_NHTL, values_NHSD[0])
-    parts = torch.split(shares_NHTL, [block_NHSD.shape[2] for block_NHSD in values_NHSD], -1)
-    mixed_NHTD = torch.matmul(parts[0], values_NHSD[0]).float()
-    for part_NHTS, block_NHSD in zip(parts[1:], values_NHSD[1:], strict=True):
-        mixed_NHTD += torch.matmul(part_NHTS, block_NHSD)
-    return mixed_NHTD.to(shares_NHTL.dtype)
+matmul = partial(attend, products=Matmul())
 
 
 def sdpa(
@@ -142,7 +90,7 @@ def sdpa(
     """torch's fused kernel over the cells of the longest row, on any device."""
     if softcap is not None:
         return matmul(query_NHGD, keys_KNHSD, values_KNHSD, share, window, scale, softcap)
-    [keys_NHSD], [values_NHSD] = _blocks(keys_KNHSD, share), _blocks(values_KNHSD, share)
+    keys_NHSD, values_NHSD = (cells_KNHSD[0, :, :, : share.num_cells] for cells_KNHSD in (keys_KNHSD, values_KNHSD))
     return functional.scaled_dot_product_attention(
         query_NHGD, keys_NHSD, values_NHSD, attn_mask=~share.mask(window), scale=scale
     )
@@ -160,7 +108,7 @@ def sdpa_part(
     Raises:
         AttributeError, RuntimeError: this torch, or the device, has no such kernel.
     """
-    [keys_NHSD], [values_NHSD] = _blocks(keys_KNHSD, share), _blocks(values_KNHSD, share)
+    keys_NHSD, values_NHSD = (cells_KNHSD[0, :, :, : share.num_cells] for cells_KNHSD in (keys_KNHSD, values_KNHSD))
     found: Part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query_NHTD, keys_NHSD, values_NHSD, 0.0, False, attn_mask=share.added_mask(query_NHTD.dtype), scale=scale
     )
@@ -237,8 +185,7 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
             _finished,
             kernel.attend,
             query,
-            pool.storage(like_HTD, num_rows).fill_(1),
-            pool.storage(like_HTD, num_rows).fill_(1),
+            *(tensor.fill_(1) for tensor in pool.storage(like_HTD, like_HTD, num_rows)),
             _full(pool, num_rows, num_cells, device),
             None,
             width**-0.5,

@@ -235,7 +235,7 @@ class SlotsFit:
         if self._options.max_slot_tokens is None:
             share = _FREE_SHARE_CPU if self._device.type == "cpu" else _FREE_SHARE
             self._max_cells = int(share * free_bytes(self._device)) // max(1, memory.bytes_per_token)
-        self._like_HTD = memory.pools[0].keys_KNHSD[0][0, 0, :, :1].clone()
+        self._like_HTD = memory.pools[0].one_key_H1D.clone()
 
     def _take_fastest_attention(self, trial: Trial) -> None:
         """Of the kernels for decode steps; one that the trial has not seen is tried, too."""

@@ -144,7 +144,7 @@ class RecordedDecoder:
         def forward() -> torch.Tensor:
             before, memory.shares = memory.shares, shares
             for share in shares:
-                share.known.clear()
+                share.look_at(share.num_cells)
             try:
                 return decode(token_N, position_N, cache)
             finally:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.vlm.slots.decode_kernel import Part
+from pipeline.vlm.slots.decode_products import Part
 from pipeline.vlm.slots.memory import SlotLayer
 from pipeline.vlm.slots.share import PrefixShare, Share
 

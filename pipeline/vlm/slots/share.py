@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.vlm.slots.pool import Pool
+from pipeline.vlm.slots.sums import Sums, table
 
 
 @dataclass(slots=True)
@@ -26,6 +27,13 @@ class Share:
     length_P: torch.Tensor  # cells filled before this step: where its token goes
     num_cells: int = 0  # of the longest row, with this step's
     known: dict[object, torch.Tensor] = field(default_factory=dict)  # of the step at hand
+    sums: dict[object, Sums] = field(default_factory=dict)  # of the step at hand
+
+    def look_at(self, num_cells: int) -> None:
+        """Another step begins, whose longest row has so many cells with it."""
+        self.num_cells = num_cells
+        self.known.clear()
+        self.sums.clear()
 
     @property
     def is_dense(self) -> bool:
@@ -58,20 +66,37 @@ class Share:
             self.known["starts"] = torch.arange(self.num_slots + 1, dtype=torch.int32, device=self.length_P.device)
         return self.known["starts"]
 
-    def cells(self, storage_KNHSD: torch.Tensor) -> torch.Tensor:
-        """Where a step's keys or values go: for each row and head the number of its vector in the pool. [P * H]."""
-        num_blocks, _, num_heads, num_block_cells, width = storage_KNHSD.shape
-        if ("cells", num_heads) not in self.known:
+    def write(
+        self, keys: torch.Tensor, values_KNHSD: torch.Tensor, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor
+    ) -> None:
+        """Fill this step's cell of each row in a layer of the pool."""
+        for storage_KNHSD, new_BH1D in ((keys, key_BH1D), (values_KNHSD, value_BH1D)):
+            if storage_KNHSD is keys and self.pool.in_blocks:
+                block_P, cell_P = self._places()
+                keys[block_P, self.index_P, :, :, cell_P] = new_BH1D[self.start : self.stop, :, 0]
+                continue
+            vector_C = self._vectors(storage_KNHSD)
+            new_CD = new_BH1D[self.start : self.stop].reshape(len(vector_C), -1)
+            table(storage_KNHSD).index_copy_(0, vector_C, new_CD)
+
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and cell there of this step's tokens, [P] each."""
+        if "block" not in self.known:
+            size = self.pool.num_block_cells
+            self.known["block"] = self.length_P // size
+            self.known["cell"] = self.length_P - self.known["block"] * size
+        return self.known["block"], self.known["cell"]
+
+    def _vectors(self, storage_KNHSD: torch.Tensor) -> torch.Tensor:
+        """The numbers of these vectors in the table of the storage: [P * H]."""
+        num_heads, width = storage_KNHSD.shape[2], storage_KNHSD.shape[4]
+        if ("vectors", num_heads) not in self.known:
             per_block, per_slot, per_head, per_cell = (stride // width for stride in storage_KNHSD.stride()[:4])
+            block_P, cell_P = self._places()
             head_H = torch.arange(num_heads, device=self.length_P.device) * per_head
-            first_P = self.index_P * per_slot
-            if num_blocks == 1:
-                first_P = first_P + self.length_P * per_cell
-            else:
-                block_P = self.length_P // num_block_cells
-                first_P = first_P + block_P * per_block + (self.length_P - block_P * num_block_cells) * per_cell
-            self.known["cells", num_heads] = (first_P[:, None] + head_H).flatten()
-        return self.known["cells", num_heads]
+            first_P = self.index_P * per_slot + block_P * per_block + cell_P * per_cell
+            self.known["vectors", num_heads] = (first_P[:, None] + head_H).flatten()
+        return self.known["vectors", num_heads]
 
     def mask(self, window: int | None = None) -> torch.Tensor:
         """What a step's queries may not look at, True there: [num_slots, 1, 1, S]."""
@@ -89,6 +114,44 @@ class Share:
         if ("added", dtype) not in self.known:
             self.known["added", dtype] = _added(self.mask(), dtype)
         return self.known["added", dtype]
+
+    def key_sums(self, keys: torch.Tensor, num_queries: int) -> Sums:
+        """Scores of a pool in blocks: for each slot, head, query and block the sum of D vectors over its cells.
+
+        Blocks that a row has not begun are computed from its first one, which is at hand, and masked.
+        """
+        _, _, num_heads, width, size = keys.shape
+        if ("keys", num_heads, num_queries) not in self.sums:
+            per_block, per_slot, per_head, per_width = (stride // size for stride in keys.stride()[:4])
+            slot_N, head_H, width_D = map(self._count, (self.num_slots, num_heads, width))
+            block_K = self._count(self.pool.num_read_cells(self.num_cells) // size)
+            block_NK = torch.where(block_K * size < self.used_N()[:, None], block_K, 0)
+            vector_NHKD = (
+                (slot_N * per_slot)[:, None, None, None]
+                + (head_H * per_head)[:, None, None]
+                + (block_NK * per_block)[:, None, :, None]
+                + width_D * per_width
+            )
+            self.sums["keys", num_heads, num_queries] = Sums.of(vector_NHKD, num_queries)
+        return self.sums["keys", num_heads, num_queries]
+
+    def value_sums(self, values_KNHSD: torch.Tensor, num_queries: int) -> Sums:
+        """Mixed values of a pool in blocks: for each slot, head and query the sum of its cells' vectors.
+
+        For cells that a row has not filled stands its first one, with a share of 0.
+        """
+        num_heads, size, width = values_KNHSD.shape[2:]
+        if ("values", num_heads, num_queries) not in self.sums:
+            per_block, per_slot, per_head, per_cell = (stride // width for stride in values_KNHSD.stride()[:4])
+            slot_N, head_H, cell_L = map(self._count, (self.num_slots, num_heads, self.num_cells))
+            place_L = cell_L // size * per_block + cell_L % size * per_cell
+            place_NL = torch.where(cell_L < self.used_N()[:, None], place_L, 0)
+            vector_NHL = (slot_N * per_slot)[:, None, None] + (head_H * per_head)[:, None] + place_NL[:, None]
+            self.sums["values", num_heads, num_queries] = Sums.of(vector_NHL, num_queries)
+        return self.sums["values", num_heads, num_queries]
+
+    def _count(self, number: int) -> torch.Tensor:
+        return torch.arange(number, dtype=torch.int32, device=self.length_P.device)
 
 
 class PrefixShare:
