@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -29,6 +30,14 @@ def test_of_a_busy_machine_the_quiet_moments_count(clock: SimpleNamespace) -> No
     """One call in twelve is not held up, and then the first is faster; otherwise the second seems so."""
     first = takes(clock, (0.001 if number % 12 == 7 else 0.012 for number in range(100)))
     second = takes(clock, (0.003 if number % 12 == 9 else 0.008 for number in range(100)))
+    assert best_seconds({"first": first, "second": second}) == pytest.approx({"first": 0.001, "second": 0.003})
+
+
+def test_a_best_that_came_once_is_waited_for_again(clock: SimpleNamespace) -> None:
+    """The machine is busy for the first 40 turns, but for one moment of the second."""
+    busy = [0.012] * 40
+    first = takes(clock, itertools.chain(busy, itertools.repeat(0.001)))
+    second = takes(clock, itertools.chain([0.004], busy[1:], itertools.repeat(0.003)))
     assert best_seconds({"first": first, "second": second}) == pytest.approx({"first": 0.001, "second": 0.003})
 
 

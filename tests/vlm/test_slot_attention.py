@@ -140,7 +140,7 @@ def test_of_the_kernels_the_fastest_that_works_is_taken(monkeypatch: pytest.Monk
         raise RuntimeError("head of 12 dimensions\nand a long story")
 
     def slow(*args: Any) -> torch.Tensor:
-        time.sleep(0.05)
+        time.sleep(0.005)
         return decode_kernel.matmul(*args)
 
     like = torch.zeros(HEADS, 1, SIZE, dtype=torch.bfloat16)

@@ -12,10 +12,9 @@ cells that are looked at, D of a head.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -29,6 +28,7 @@ from pipeline.vlm.slots.share import PrefixShare, Share
 log = logging.getLogger(__name__)
 
 _TRIED_BYTES = 1 << 28  # of keys, and as much of values
+_COLD_BYTES, _MAX_LAYERS = 64 << 20, 16  # of keys, more than most caches hold: a step reads each layer from memory
 
 # What varlen_attn calls; its own argument for the rows' lengths came after torch 2.11.
 _flash_forward = torch.ops.aten._flash_attention_forward
@@ -177,6 +177,7 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
     device, num_kv_heads, width = like_HTD.device, like_HTD.shape[0], like_HTD.shape[2]
     row_bytes = 2 * num_cells * num_kv_heads * width * like_HTD.element_size()
     num_rows = max(1, min(num_rows, _TRIED_BYTES // row_bytes))
+    num_layers = max(1, min(_MAX_LAYERS, 2 * _COLD_BYTES // (num_rows * row_bytes)))
     query = like_HTD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
     calls: dict[str, Callable[[], None]] = {}
     for kernel in kernels(device).values():
@@ -185,11 +186,8 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
             _finished,
             kernel.attend,
             query,
-            *(tensor.fill_(1) for tensor in pool.storage(like_HTD, like_HTD, num_rows)),
+            [[tensor.fill_(1) for tensor in pool.storage(like_HTD, like_HTD, num_rows)] for _ in range(num_layers)],
             _full(pool, num_rows, num_cells, device),
-            None,
-            width**-0.5,
-            None,
         )
     for name, call in list(calls.items()):
         try:
@@ -204,8 +202,9 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def _finished(attend: Attend, query: torch.Tensor, *args: Any) -> None:
-    attend(query, *args)
+def _finished(attend: Attend, query: torch.Tensor, layers: Sequence[Sequence[torch.Tensor]], share: Share) -> None:
+    for keys, values in layers:
+        attend(query, keys, values, share, None, query.shape[-1] ** -0.5, None)
     if query.is_cuda:
         torch.cuda.synchronize(query.device)
 
