@@ -235,7 +235,7 @@ def prepared(name: str, load: Workload, args: argparse.Namespace, folder: Path) 
         max_prompt_tokens=num_image_tokens(shape) + _TEMPLATE_WORDS + load.num_words[1],
         dtype="bfloat16",
         num_threads=len(os.sched_getaffinity(0)),
-        vllm_python=args.vllm_python,
+        vllm_python=args.vllm_python and args.vllm_python.absolute(),
         timeout_seconds=args.timeout,
     )
 

@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Which vectors are added up, by their numbers in the storage; int32.
+    """Which vectors are added up, by their numbers in the storage; int32, as 2^31 vectors of 64 numbers are 256 GiB.
 
     vector_V: of one sum behind the other.
     start: where in them each sum begins, and the end.
