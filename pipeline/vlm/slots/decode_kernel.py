@@ -180,15 +180,15 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
     num_layers = max(1, min(_MAX_LAYERS, 2 * _COLD_BYTES // (num_rows * row_bytes)))
     query = like_HTD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
     calls: dict[str, Callable[[], None]] = {}
+    layers: dict[bool, list[list[torch.Tensor]]] = {}  # by whether in blocks: kernels of one kind read the same memory
     for kernel in kernels(device).values():
         pool = Pool(2 * num_cells, in_blocks=kernel.in_blocks)  # half full
-        calls[kernel.name] = partial(
-            _finished,
-            kernel.attend,
-            query,
-            [[tensor.fill_(1) for tensor in pool.storage(like_HTD, like_HTD, num_rows)] for _ in range(num_layers)],
-            _full(pool, num_rows, num_cells, device),
-        )
+        if kernel.in_blocks not in layers:
+            layers[kernel.in_blocks] = [
+                [tensor.fill_(1) for tensor in pool.storage(like_HTD, like_HTD, num_rows)] for _ in range(num_layers)
+            ]
+        share = _full(pool, num_rows, num_cells, device)
+        calls[kernel.name] = partial(_finished, kernel.attend, query, layers[kernel.in_blocks], share)
     for name, call in list(calls.items()):
         try:
             call()

@@ -70,14 +70,17 @@ class Share:
         self, keys: torch.Tensor, values_KNHSD: torch.Tensor, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor
     ) -> None:
         """Fill this step's cell of each row in a layer of the pool."""
-        for storage_KNHSD, new_BH1D in ((keys, key_BH1D), (values_KNHSD, value_BH1D)):
-            if storage_KNHSD is keys and self.pool.in_blocks:
-                block_P, cell_P = self._places()
-                keys[block_P, self.index_P, :, :, cell_P] = new_BH1D[self.start : self.stop, :, 0]
-                continue
-            vector_C = self._vectors(storage_KNHSD)
-            new_CD = new_BH1D[self.start : self.stop].reshape(len(vector_C), -1)
-            table(storage_KNHSD).index_copy_(0, vector_C, new_CD)
+        if self.pool.in_blocks:
+            block_P, cell_P = self._places()
+            keys[block_P, self.index_P, :, :, cell_P] = key_BH1D[self.start : self.stop, :, 0]
+        else:
+            self._write_vectors(keys, key_BH1D)
+        self._write_vectors(values_KNHSD, value_BH1D)
+
+    def _write_vectors(self, storage_KNHSD: torch.Tensor, new_BH1D: torch.Tensor) -> None:
+        vector_C = self._vectors(storage_KNHSD)
+        new_CD = new_BH1D[self.start : self.stop].reshape(len(vector_C), -1)
+        table(storage_KNHSD).index_copy_(0, vector_C, new_CD)
 
     def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and cell there of this step's tokens, [P] each."""

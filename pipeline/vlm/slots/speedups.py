@@ -44,6 +44,7 @@ class Speedups:
         self, model: Any, device: torch.device, features: ImageFeatures | None, options: SlotsConfig, settle: Settle
     ) -> None:
         self._model, self._device, self._options, self._settle = model, device, options, settle
+        self._machine = f"{machine_name(device)}, torch {torch.__version__}, vlm-batch {__version__}"
         self._text = model.config.get_text_config(decoder=True)
         self.features = features
         self.record = recorder(device) if options.cuda_graphs else None
@@ -133,5 +134,4 @@ class Speedups:
 
     def _settled(self, what: str, choose: Callable[[], str], read: Callable[[str], T]) -> T:
         """What the first start on a machine like this one chose."""
-        machine = machine_name(self._device)
-        return self._settle(f"{what}: {machine}, torch {torch.__version__}, vlm-batch {__version__}", choose, read)
+        return self._settle(f"{what}: {self._machine}", choose, read)
