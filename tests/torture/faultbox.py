@@ -217,11 +217,14 @@ class Box:
         return [(what, key) for what, _, key in (line.partition(" ") for line in lines)]
 
     def _all_but_output(self) -> dict[str, tuple[int, int]]:
-        return {
-            str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in self.folder.rglob("*")
-            if path.is_file() and path != self.log and self.output not in path.parents
-        }
+        found = {}
+        for folder, folders, names in os.walk(self.folder):
+            # not into the output folder: its files and folders go away while a run is at work
+            folders[:] = [name for name in folders if Path(folder, name) != self.output]
+            for path in (Path(folder, name) for name in names):
+                if path.is_file() and path != self.log:
+                    found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns)
+        return found
 
 
 class Watcher:

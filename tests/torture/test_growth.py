@@ -58,7 +58,7 @@ def rss_bytes(pid: int) -> int:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("num_rows", [6000, pytest.param(50_000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("num_rows", [20_000, pytest.param(50_000, marks=pytest.mark.torture)])
 def test_memory_and_open_files_do_not_grow_with_the_rows(num_rows: int, tmp_path: Path) -> None:
     """Fault 51: over 50,000 rows memory grows by less than 1 MB for 1,000 rows, and no file stays open."""
     box = Box(tmp_path / "box", num_rows, shard_rows=500)
