@@ -12,11 +12,10 @@ from test_slots_engine import answers_of, engines_of, failing, many, tried  # no
 
 from pipeline.vlm.options import DecodeAttention
 from pipeline.vlm.slots import attention, decode_kernel, prefix_attention, speedups
-from pipeline.vlm.slots.decode_kernel import Kernel, kernels
+from pipeline.vlm.slots.decode_kernel import Kernel, by_pool, kernels
 from pipeline.vlm.slots.loop import SlotLoop
 from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefix import Prefix
-from pipeline.vlm.slots.prefix_attention import attend_to_both
 
 HEADS, SIZE = 2, 8
 # Of each row: which prefix it has, how many tokens come after it, and room for how many more.
@@ -55,9 +54,14 @@ def memory_of_rows(
     return memory, slots, [whole for _, whole in staying]
 
 
-@pytest.fixture(params=["matmul", "sdpa"])
+@pytest.fixture(params=["matmul", "embedding_bag", "sdpa"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     return kernels(torch.device("cpu"))[request.param]
+
+
+def attended(memory: SlotMemory, query_BHGD: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+    assert memory.cache is not None
+    return kernel.attend(query_BHGD, memory.step, memory.cache.layers[0].stored, None, 0.3, None)
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -69,8 +73,7 @@ def test_each_row_attends_to_its_prefix_and_its_own_cells(
     torch.manual_seed(0)
     memory, slots, wholes = memory_of_rows(leaving, dtype, kernel)
     query_BHGD = torch.randn(len(slots), HEADS, group, SIZE).to(dtype)
-    assert memory.cache is not None
-    found_BHGD = attend_to_both(memory.cache.layers[0], query_BHGD, 0.3)
+    found_BHGD = attended(memory, query_BHGD, kernel)
     assert found_BHGD.shape == query_BHGD.shape and found_BHGD.dtype == dtype
     for row, (keys_HTD, values_HTD) in enumerate(wholes):
         scores_HGT = 0.3 * query_BHGD[row].float() @ keys_HTD.float().transpose(-1, -2)
@@ -82,11 +85,9 @@ def test_what_is_infinite_in_one_familys_row_stays_there(kernel: Kernel) -> None
     torch.manual_seed(0)
     memory, slots, _ = memory_of_rows((), torch.float32, kernel)
     query_BHGD = torch.randn(len(slots), HEADS, 1, SIZE)
-    assert memory.cache is not None
-    [layer] = memory.cache.layers
-    before = attend_to_both(layer, query_BHGD, 0.3)
+    before = attended(memory, query_BHGD, kernel)
     slots[0].pool.by_cell(slots[0].pool.keys[0][0, slots[0].index])[:, 0] = torch.nan
-    after = attend_to_both(layer, query_BHGD, 0.3)
+    after = attended(memory, query_BHGD, kernel)
     assert after[0].isnan().all() and torch.equal(after[1:], before[1:])
 
 
@@ -97,7 +98,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     step = SlotLoop.step
 
     def watching(self: SlotLoop) -> None:
-        found.append(sum(len(share.row_P) for share in self._memory.prefix_shares))
+        found.append(sum(len(share.row_P) for share in self._memory.step.prefix_shares))
         step(self)
 
     monkeypatch.setattr(SlotLoop, "step", watching)
@@ -152,11 +153,11 @@ def test_where_it_does_not_fit_each_row_has_a_prefix_of_its_own(
 
 
 @pytest.mark.parametrize("by", ["request", "trial"])
-@pytest.mark.parametrize("name", ["matmul", "sdpa", "flash"])
+@pytest.mark.parametrize("name", ["matmul", "embedding_bag", "sdpa", "flash"])
 def test_kernels_that_give_no_sums_read_each_rows_own_copy(
     name: str, by: str, families: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flash = Kernel("flash", decode_kernel.sdpa)
+    flash = Kernel("flash", by_pool(decode_kernel.sdpa))
     monkeypatch.setattr(speedups, "kernels", lambda device: kernels(device) | {"flash": flash})
     options: dict[str, Any] = {}
     if by == "trial":

@@ -13,14 +13,15 @@ from test_slots_engine import answers_of, engines_of, many
 from pipeline.errors import UsageError
 from pipeline.vlm.options import DecodeAttention
 from pipeline.vlm.slots import attention, decode_kernel, pool, speedups
-from pipeline.vlm.slots.decode_kernel import Kernel, kernels
+from pipeline.vlm.slots.decode_kernel import Kernel, by_pool, kernels
 from pipeline.vlm.slots.pool import Pool
 from pipeline.vlm.slots.share import Share
+from pipeline.vlm.slots.step import Step
 
 HEADS, CELLS, SIZE = 2, 24, 8
 INDEX, LENGTHS = (0, 2, 3), (6, 1, 20)  # live slots of four, and how many cells each has filled before
 CPU = torch.device("cpu")
-FLASH = Kernel("flash", decode_kernel.flash)
+FLASH = Kernel("flash", by_pool(decode_kernel.flash))
 
 
 def flash_forward(
@@ -88,17 +89,17 @@ def test_each_row_attends_to_its_own_cells(
     keys, values = (tensor.normal_() for tensor in slots.storage(like, like, 4))
     assert keys.is_contiguous() is (in_blocks or not layout) and len(keys) == (3 if in_blocks else 1)
     share = Share(slots, 0, 3, torch.tensor(INDEX), 4, torch.tensor(LENGTHS), max(LENGTHS) + 1)
-    query = torch.randn(4, HEADS, group, SIZE)
-    attend = kernels(CPU)[name.split()[0]].attend if in_blocks else getattr(decode_kernel, name)
-    found = attend(query, keys, values, share, window, 0.3, softcap)
-    keys, values = torch.cat(list(slots.by_cell(keys)), 2), torch.cat(list(values), 2)
-    for index, length in zip(INDEX, LENGTHS, strict=True):
+    query = torch.randn(3, HEADS, group, SIZE)
+    attend = by_pool(decode_kernel.flash) if name == "flash" else kernels(CPU)[name.partition(" ")[0]].attend
+    found = attend(query, Step([share]), lambda _: (keys, values), window, 0.3, softcap)
+    all_keys, all_values = torch.cat(list(slots.by_cell(keys)), 2), torch.cat(list(values), 2)
+    for row, (index, length) in enumerate(zip(INDEX, LENGTHS, strict=True)):
         first = 0 if window is None else max(0, length + 1 - window)
-        scores = 0.3 * query[index] @ keys[index, :, first : length + 1].transpose(-1, -2)
+        scores = 0.3 * query[row] @ all_keys[index, :, first : length + 1].transpose(-1, -2)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        wanted = torch.softmax(scores, -1) @ values[index, :, first : length + 1]
-        torch.testing.assert_close(found[index], wanted, rtol=1e-5, atol=1e-5)
+        wanted = torch.softmax(scores, -1) @ all_values[index, :, first : length + 1]
+        torch.testing.assert_close(found[row], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_flash_attention_reads_the_memory_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +142,10 @@ def test_of_the_kernels_the_fastest_that_works_is_taken(monkeypatch: pytest.Monk
 
     def slow(*args: Any) -> torch.Tensor:
         time.sleep(0.005)
-        return decode_kernel.matmul(*args)
+        return matmul(*args)
 
     like = torch.zeros(HEADS, 1, SIZE, dtype=torch.bfloat16)
-    names = list(kernels(CPU))
+    names, matmul = list(kernels(CPU)), by_pool(decode_kernel.matmul)
     for wanted in names:
         for other in (refuses, slow):
             with monkeypatch.context() as patch:
@@ -209,12 +210,12 @@ def test_what_a_row_has_not_filled_is_not_read() -> None:
     slots, like = Pool(512, in_blocks=True), torch.empty(HEADS, 1, SIZE)
     keys, values = (tensor.normal_() for tensor in slots.storage(like, like, 5))
     share = Share(slots, 0, 3, torch.tensor(INDEX), 4, torch.tensor((6, 200, 20)), 201)
-    query = torch.randn(4, HEADS, 1, SIZE)
-    attend = kernels(CPU)["embedding_bag"].attend
-    before = attend(query, keys[:, :4], values[:, :4], share, None, 0.3, None)
+    query = torch.randn(3, HEADS, 1, SIZE)
+    attend, step = kernels(CPU)["embedding_bag"].attend, Step([share])
+    before = attend(query, step, lambda _: (keys[:, :4], values[:, :4]), None, 0.3, None)
     keys[1, 0], keys[2:], values[1, 0], values[2:], values[0, 0, :, 7:] = [torch.nan] * 5
-    share.look_at(201)
-    assert torch.equal(before, attend(query, keys[:, :4], values[:, :4], share, None, 0.3, None))
+    step.look_at([201])
+    assert torch.equal(before, attend(query, step, lambda _: (keys[:, :4], values[:, :4]), None, 0.3, None))
 
 
 @pytest.mark.parametrize(("device", "foreign"), [("cpu", "flash"), ("cuda", "embedding_bag"), ("mps", "flash")])

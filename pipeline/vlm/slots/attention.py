@@ -1,7 +1,6 @@
 """The attention function of decode steps, as transformers' modules call it: one new token in each slot.
 
-Shapes: B rows, Q heads, G = Q / H of them share keys and values, N slots of a pool, K blocks of S cells each, D of a
-head.
+Shapes: B rows, Q heads, G = Q / H of them share keys and values, D of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from transformers import AttentionInterface
 from pipeline.errors import UsageError
 from pipeline.vlm.options import DecodeAttention
 from pipeline.vlm.slots.decode_kernel import kernels
-from pipeline.vlm.slots.prefix_attention import attend_to_both
 
 NAME = "vlm_batch_slots"  # as transformers knows our attention function
 
@@ -44,18 +42,10 @@ def attend(
     query_BHGD = query_BQ1D.reshape(-1, num_kv_heads, num_heads // num_kv_heads, width)
     scale = width**-0.5 if scaling is None else scaling
     window = sliding_window or getattr(module, "sliding_window", None)
-    if layer.memory.prefix_shares:
-        if window is not None or softcap is not None:
-            raise NotImplementedError(f"{type(module).__name__}: a window or a softcap over a shared prefix")
-        out_BHGD = attend_to_both(layer, query_BHGD, scale)
-        return out_BHGD.reshape(len(out_BHGD), 1, num_heads, -1), None
-    found = []
-    for share in layer.memory.shares:
-        out_NHGD = layer.memory.kernel.attend(
-            share.by_slot(query_BHGD), *layer.parts(share), share, window, scale, softcap
-        )
-        found.append(share.by_row(out_NHGD))
-    out_BHGD = found[0] if len(found) == 1 else torch.cat(found)
+    step = layer.memory.step
+    if step.prefix_shares and (window is not None or softcap is not None):
+        raise NotImplementedError(f"{type(module).__name__}: a window or a softcap over a shared prefix")
+    out_BHGD = layer.memory.kernel.attend(query_BHGD, step, layer.stored, window, scale, softcap)
     return out_BHGD.reshape(len(out_BHGD), 1, num_heads, -1), None
 
 

@@ -1,12 +1,12 @@
 """Kernels of decode steps: one new token in each slot looks at what its slot holds. No padding, no repeated heads.
 
-`matmul` and `embedding_bag` compute products in two ways, with a softmax in float32 (decode_products.py). `sdpa` is
-torch's fused kernel with a mask; on CPUs it is made for long queries and may take several times as long for one query
-in bfloat16. `flash` is the FlashAttention that comes with torch, on CUDA in half precision: it is told how long each
-row is and reads no further. Which is the fastest is tried (`fastest`).
+`matmul` are matrix products (decode_products.py), `embedding_bag` weighted sums of vectors (row_attention.py). `sdpa`
+is torch's fused kernel with a mask; on CPUs it is made for long queries and may take several times as long for one
+query in bfloat16. `flash` is the FlashAttention that comes with torch, on CUDA in half precision: it is told how long
+each row is and reads no further. Which is the fastest is tried (`fastest`).
 
-Shapes: B rows, H heads of keys and values, G of queries that share one, T queries, N slots, K blocks of S cells each, L
-cells that are looked at, D of a head.
+Shapes: B rows, H heads of keys and values, G of queries that share one, T queries, N slots, K blocks of S cells each, D
+of a head.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import torch
 from torch.nn import functional
 
 from pipeline.vlm.failure import raise_fatal
-from pipeline.vlm.slots.decode_products import Bags, Matmul, Part, attend, attend_to_part
+from pipeline.vlm.slots import row_attention
+from pipeline.vlm.slots.decode_products import Part, matmul, matmul_part
 from pipeline.vlm.slots.pool import Pool
+from pipeline.vlm.slots.prefix_attention import AttendToPart, attend_to_both
 from pipeline.vlm.slots.race import best_seconds
 from pipeline.vlm.slots.share import PrefixShare, Share
+from pipeline.vlm.slots.step import Step, Stored
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +36,12 @@ _COLD_BYTES, _MAX_LAYERS = 64 << 20, 16  # of keys, more than most caches hold: 
 # What varlen_attn calls; its own argument for the rows' lengths came after torch 2.11.
 _flash_forward = torch.ops.aten._flash_attention_forward
 
-# query [N, H, G, D], keys and values as they lie in a pool, the rows, sliding window, scale, softcap -> [N, H, G, D]
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Share, int | None, float, float | None],
-    torch.Tensor,
+# query [B, H, G, D], the step, a layer's keys and values by share, sliding window, scale, softcap -> [B, H, G, D]
+Attend = Callable[[torch.Tensor, Step, Stored, int | None, float, float | None], torch.Tensor]
+# query [N, H, G, D] of the slots of one pool, keys and values as they lie there, its share, and the same rest
+AttendToSlots = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Share, int | None, float, float | None], torch.Tensor
 ]
-# query [N, H, T, D], keys and values as they lie, the rows or their prefixes, scale -> [N, H, T, D] and [N, H, T]
-AttendToPart = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Share | PrefixShare, float], Part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,35 +49,45 @@ class Kernel:
     """One way to attend.
 
     in_blocks: whether it reads pools in blocks; others read pools of one block.
-    attend_to_part: the same over a part of what rows look at, without window or softcap; None where there is none.
+    shares_prefixes: whether rows may look at one copy of their prefix, where there is neither window nor softcap.
     """
 
     name: str
     attend: Attend
     in_blocks: bool = False
-    attend_to_part: AttendToPart | None = None
+    shares_prefixes: bool = False
 
 
 def kernels(device: torch.device) -> dict[str, Kernel]:
     """All that there are for a device, by name."""
     if device.type == "cpu":
         found = [
-            Kernel(
-                name,
-                partial(attend, products=products),
-                in_blocks=True,
-                attend_to_part=partial(attend_to_part, products=products),
-            )
-            for name, products in (("matmul", Matmul()), ("embedding_bag", Bags()))
+            Kernel("matmul", by_pool(matmul, matmul_part), in_blocks=True, shares_prefixes=True),
+            Kernel("embedding_bag", row_attention.attend, in_blocks=True, shares_prefixes=True),
+            Kernel("sdpa", by_pool(sdpa, sdpa_part), shares_prefixes=True),
         ]
-        found += [Kernel("sdpa", sdpa, attend_to_part=sdpa_part)]
     else:
-        found = [Kernel("matmul", matmul), Kernel("sdpa", sdpa)]
-        found += [Kernel("flash", flash)] * (device.type == "cuda")
+        found = [Kernel("matmul", by_pool(matmul)), Kernel("sdpa", by_pool(sdpa))]
+        found += [Kernel("flash", by_pool(flash))] * (device.type == "cuda")
     return {kernel.name: kernel for kernel in found}
 
 
-matmul = partial(attend, products=Matmul())
+def by_pool(attend: AttendToSlots, part: AttendToPart | None = None) -> Attend:
+    """All rows by what attends to the slots of one pool. part: the same over a part of what rows look at."""
+
+    def attend_to_all(
+        query_BHGD: torch.Tensor, step: Step, stored: Stored, window: int | None, scale: float, softcap: float | None
+    ) -> torch.Tensor:
+        if step.prefix_shares:
+            assert part is not None
+            return attend_to_both(query_BHGD, step, stored, scale, part)
+        found = [
+            share.by_row(attend(share.by_slot(query_BHGD), *stored(share), share, window, scale, softcap))
+            for share in step.shares
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    return attend_to_all
 
 
 def sdpa(
@@ -180,15 +192,14 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
     num_layers = max(1, min(_MAX_LAYERS, 2 * _COLD_BYTES // (num_rows * row_bytes)))
     query = like_HTD.new_ones(num_rows, num_kv_heads, max(1, num_heads // num_kv_heads), width)
     calls: dict[str, Callable[[], None]] = {}
-    layers: dict[bool, list[list[torch.Tensor]]] = {}  # by whether in blocks: kernels of one kind read the same memory
+    # By whether in blocks: kernels of one kind read the same memory.
+    layers: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for kernel in kernels(device).values():
         pool = Pool(2 * num_cells, in_blocks=kernel.in_blocks)  # half full
         if kernel.in_blocks not in layers:
-            layers[kernel.in_blocks] = [
-                [tensor.fill_(1) for tensor in pool.storage(like_HTD, like_HTD, num_rows)] for _ in range(num_layers)
-            ]
-        share = _full(pool, num_rows, num_cells, device)
-        calls[kernel.name] = partial(_finished, kernel.attend, query, layers[kernel.in_blocks], share)
+            layers[kernel.in_blocks] = [_filled(pool, like_HTD, num_rows) for _ in range(num_layers)]
+        step = _full(pool, num_rows, num_cells, device)
+        calls[kernel.name] = partial(_finished, kernel.attend, query, layers[kernel.in_blocks], step)
     for name, call in list(calls.items()):
         try:
             call()
@@ -202,14 +213,25 @@ def fastest(like_HTD: torch.Tensor, *, num_rows: int, num_heads: int, num_cells:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def _finished(attend: Attend, query: torch.Tensor, layers: Sequence[Sequence[torch.Tensor]], share: Share) -> None:
-    for keys, values in layers:
-        attend(query, keys, values, share, None, query.shape[-1] ** -0.5, None)
+def _finished(
+    attend: Attend, query: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], step: Step
+) -> None:
+    for both in layers:
+        attend(query, step, partial(_as_stored, both), None, query.shape[-1] ** -0.5, None)
     if query.is_cuda:
         torch.cuda.synchronize(query.device)
 
 
-def _full(pool: Pool, num_rows: int, num_cells: int, device: torch.device) -> Share:
+def _filled(pool: Pool, like_HTD: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = pool.storage(like_HTD, like_HTD, num_rows)
+    return keys.fill_(1), values.fill_(1)
+
+
+def _as_stored(both: tuple[torch.Tensor, torch.Tensor], _: Share | PrefixShare) -> tuple[torch.Tensor, torch.Tensor]:
+    return both
+
+
+def _full(pool: Pool, num_rows: int, num_cells: int, device: torch.device) -> Step:
     """So many rows that have each filled so many cells."""
     index = torch.arange(num_rows, device=device)
-    return Share(pool, 0, num_rows, index, num_rows, torch.full_like(index, num_cells - 1), num_cells)
+    return Step([Share(pool, 0, num_rows, index, num_rows, torch.full_like(index, num_cells - 1), num_cells)])

@@ -164,7 +164,7 @@ class SlotsFit:
             raise_fatal(problem)
             log.info("slots: each prompt is computed from its beginning (%s: %s)", *described(problem))
             return False
-        self._shares_cells = self._speedups.kernel.attend_to_part is not None
+        self._shares_cells = self._speedups.kernel.shares_prefixes
         while True:
             error, difference = self._measured(trial)
             if error <= trial.bound:

@@ -20,6 +20,7 @@ import torch
 from pipeline.vlm.failure import described, raise_fatal, release_memory
 from pipeline.vlm.slots.memory import SlotMemory
 from pipeline.vlm.slots.share import Share
+from pipeline.vlm.slots.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class RecordedDecoder:
         """Logits [B, V]. position: [..., B, 1]."""
         if self._record() is None:
             return self._decode(token_B, position, cache)
-        shares = self._memory.shares
+        shares = self._memory.step.shares
         sizes = [_size(share.num_slots, share.pool.num_slots) for share in shares]
         key = tuple((share.pool.generation, size) for share, size in zip(shares, sizes, strict=True))
         if key not in self._steps:
@@ -131,7 +132,7 @@ class RecordedDecoder:
         shares, num_slots = [], 0
         device = position.device
         length_N = torch.zeros(sum(size for _, size in key), dtype=torch.long, device=device)
-        for share, (_, size) in zip(self._memory.shares, key, strict=True):
+        for share, (_, size) in zip(self._memory.step.shares, key, strict=True):
             start, num_slots = num_slots, num_slots + size
             index_P = torch.arange(size, device=device)
             dense = Share(share.pool, start, num_slots, index_P, size, length_N[start:num_slots])
@@ -142,17 +143,16 @@ class RecordedDecoder:
         memory, decode = self._memory, self._decode
 
         def forward() -> torch.Tensor:
-            before, memory.shares = memory.shares, shares
-            for share in shares:
-                share.look_at(share.num_cells)
+            before, memory.step = memory.step, Step(shares)
+            memory.step.look_at([share.num_cells for share in shares])
             try:
                 return decode(token_N, position_N, cache)
             finally:
-                memory.shares = before
+                memory.step = before
 
         step = _Recorded(forward, token_N, position_N, length_N)
         # With these inputs the runs before recording write what the first replay writes, into the same cells.
-        self._fill(step, token_B, position, self._place_B(memory.shares, [size for _, size in key]))
+        self._fill(step, token_B, position, self._place_B(memory.step.shares, [size for _, size in key]))
         try:
             record = self._record()
             assert record is not None
@@ -174,7 +174,7 @@ class RecordedDecoder:
         step.length_N.zero_()
         step.token_N[place_B] = token_B
         step.position[..., place_B, :] = position
-        step.length_N[place_B] = torch.cat([share.length_P for share in self._memory.shares])
+        step.length_N[place_B] = torch.cat([share.length_P for share in self._memory.step.shares])
 
     def _place_B(self, shares: Sequence[Share], sizes: Sequence[int]) -> torch.Tensor:
         """Where each live row stands in the recorded step; computed when rows come or go."""

@@ -28,6 +28,7 @@ from pipeline.vlm.slots.memory import Slot, SlotMemory
 from pipeline.vlm.slots.prefill import Prefill
 from pipeline.vlm.slots.queue import Waiting
 from pipeline.vlm.slots.rows import BegunRow, LiveRows
+from pipeline.vlm.slots.step import Step
 
 
 class Choose(Protocol):
@@ -211,7 +212,7 @@ class SlotLoop:
 
     def _arrange(self) -> None:
         if self._rows is None:
-            self._memory.shares = []
+            self._memory.step = Step()
             return
         slots = self._rows.slots
         order = sorted(range(len(slots)), key=lambda place: (slots[place].pool.num_cells, slots[place].index))

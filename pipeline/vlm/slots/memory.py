@@ -22,6 +22,7 @@ from pipeline.vlm.slots.decode_kernel import Kernel
 from pipeline.vlm.slots.pool import KeysAndValues, Pool
 from pipeline.vlm.slots.prefix import Prefix
 from pipeline.vlm.slots.share import PrefixShare, Share
+from pipeline.vlm.slots.step import Step
 
 # Capacities 64, 96, 128, 192, 256, 384 ...: no more than half of a slot lies idle, and pools are few.
 _CLASSES = sorted({64 << power for power in range(16)} | {96 << power for power in range(16)})
@@ -65,8 +66,7 @@ class SlotMemory:
         self._pools: dict[int, Pool] = {}  # by their capacity
         self._prefix_pools: dict[int, Pool] = {}
         self._prefixes: dict[Prefix, PrefixSlot] = {}
-        self.shares: list[Share] = []  # of the step at hand
-        self.prefix_shares: list[PrefixShare] = []
+        self.step = Step()  # the one at hand
         self.cache: Cache | None = None
 
     @property
@@ -137,7 +137,7 @@ class SlotMemory:
 
         length_B: tokens that each holds, on the device; the loop counts it up.
         """
-        self.shares = []
+        shares = []
         start = 0
         while start < len(slots):
             pool, stop = slots[start].pool, start + 1
@@ -145,13 +145,13 @@ class SlotMemory:
                 stop += 1
             index_P = torch.tensor([slot.index for slot in slots[start:stop]], device=length_B.device)
             num_slots = slots[stop - 1].index + 1
-            self.shares.append(Share(pool, start, stop, index_P, num_slots, length_B[start:stop]))
+            shares.append(Share(pool, start, stop, index_P, num_slots, length_B[start:stop]))
             start = stop
         families: dict[PrefixSlot, list[int]] = {}
         for row, slot in enumerate(slots):
             if slot.prefix is not None:
                 families.setdefault(slot.prefix, []).append(row)
-        self.prefix_shares = [
+        prefix_shares = [
             PrefixShare(
                 pool,
                 {held.index: rows for held, rows in families.items() if held.pool is pool},
@@ -159,11 +159,13 @@ class SlotMemory:
             )
             for pool in {held.pool: None for held in families}
         ]
+        self.step = Step(shares, prefix_shares)
 
     def begin_step(self, slots: Sequence[Slot]) -> None:
         """Before each forward: how far the queries look."""
-        for share in self.shares:
-            share.look_at(1 + max(slot.num_tokens for slot in slots[share.start : share.stop]))
+        self.step.look_at(
+            [1 + max(slot.num_tokens for slot in slots[share.start : share.stop]) for share in self.step.shares]
+        )
 
     def _reserve(self, num_tokens: int, prefix: Prefix | None) -> Slot | None:
         if self.num_live >= self.max_slots:
@@ -241,14 +243,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.memory, self._number = memory, number
         self.is_initialized = True
 
-    def parts(self, share: Share | PrefixShare) -> tuple[torch.Tensor, torch.Tensor]:
+    def stored(self, share: Share | PrefixShare) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a pool, as they lie there, up to its last live slot."""
         pool, slots = share.pool, slice(share.num_slots)
         return pool.keys[self._number][:, slots], pool.values[self._number][:, slots]
 
     def update(self, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write each row's cell; the attention function finds the rest through the key's `slot_layer`."""
-        for share in self.memory.shares:
+        for share in self.memory.step.shares:
             pool = share.pool
             share.write(pool.keys[self._number], pool.values[self._number], key_BH1D, value_BH1D)
         key_BH1D.slot_layer = self  # type: ignore[attr-defined]
@@ -261,7 +263,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return max((share.num_cells for share in self.memory.shares), default=1) - 1
+        return max((share.num_cells for share in self.memory.step.shares), default=1) - 1
 
     def get_max_length(self) -> int:
         return -1

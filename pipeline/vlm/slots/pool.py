@@ -30,7 +30,7 @@ class Pool:
         in_blocks: lay the same cells of all slots together, block by block. What a step reads, some blocks of the first
             slots, is then contiguous: oneDNN's batched products copy matrices between whose rows or batches there is a
             gap, and a copy of all keys took longer than the product. And a component of the keys is one vector over the
-            cells of a block, so that scores are weighted sums of vectors (decode_products.Bags). Otherwise there is one
+            cells of a block, so that scores are weighted sums of vectors (row_attention.py). Otherwise there is one
             block.
     """
 

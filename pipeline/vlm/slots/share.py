@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.vlm.slots.pool import Pool
-from pipeline.vlm.slots.sums import Sums, table
+from pipeline.vlm.slots.sums import table
 
 
 @dataclass(slots=True)
@@ -27,13 +27,11 @@ class Share:
     length_P: torch.Tensor  # cells filled before this step: where its token goes
     num_cells: int = 0  # of the longest row, with this step's
     known: dict[object, torch.Tensor] = field(default_factory=dict)  # of the step at hand
-    sums: dict[object, Sums] = field(default_factory=dict)  # of the step at hand
 
     def look_at(self, num_cells: int) -> None:
         """Another step begins, whose longest row has so many cells with it."""
         self.num_cells = num_cells
         self.known.clear()
-        self.sums.clear()
 
     @property
     def is_dense(self) -> bool:
@@ -118,44 +116,6 @@ class Share:
             self.known["added", dtype] = _added(self.mask(), dtype)
         return self.known["added", dtype]
 
-    def key_sums(self, keys: torch.Tensor, num_queries: int) -> Sums:
-        """Scores of a pool in blocks: for each slot, head, query and block the sum of D vectors over its cells.
-
-        Blocks that a row has not begun are computed from its first one, which is at hand, and masked.
-        """
-        _, _, num_heads, width, size = keys.shape
-        if ("keys", num_heads, num_queries) not in self.sums:
-            per_block, per_slot, per_head, per_width = (stride // size for stride in keys.stride()[:4])
-            slot_N, head_H, width_D = map(self._count, (self.num_slots, num_heads, width))
-            block_K = self._count(self.pool.num_read_cells(self.num_cells) // size)
-            block_NK = torch.where(block_K * size < self.used_N()[:, None], block_K, 0)
-            vector_NHKD = (
-                (slot_N * per_slot)[:, None, None, None]
-                + (head_H * per_head)[:, None, None]
-                + (block_NK * per_block)[:, None, :, None]
-                + width_D * per_width
-            )
-            self.sums["keys", num_heads, num_queries] = Sums.of(vector_NHKD, num_queries)
-        return self.sums["keys", num_heads, num_queries]
-
-    def value_sums(self, values_KNHSD: torch.Tensor, num_queries: int) -> Sums:
-        """Mixed values of a pool in blocks: for each slot, head and query the sum of its cells' vectors.
-
-        For cells that a row has not filled stands its first one, with a share of 0.
-        """
-        num_heads, size, width = values_KNHSD.shape[2:]
-        if ("values", num_heads, num_queries) not in self.sums:
-            per_block, per_slot, per_head, per_cell = (stride // width for stride in values_KNHSD.stride()[:4])
-            slot_N, head_H, cell_L = map(self._count, (self.num_slots, num_heads, self.num_cells))
-            place_L = cell_L // size * per_block + cell_L % size * per_cell
-            place_NL = torch.where(cell_L < self.used_N()[:, None], place_L, 0)
-            vector_NHL = (slot_N * per_slot)[:, None, None] + (head_H * per_head)[:, None] + place_NL[:, None]
-            self.sums["values", num_heads, num_queries] = Sums.of(vector_NHL, num_queries)
-        return self.sums["values", num_heads, num_queries]
-
-    def _count(self, number: int) -> torch.Tensor:
-        return torch.arange(number, dtype=torch.int32, device=self.length_P.device)
-
 
 class PrefixShare:
     """The rows of a decode step that begin with prefixes of one pool, by families: the rows of one prefix.
@@ -183,9 +143,17 @@ class PrefixShare:
         self.place_P = torch.tensor([place_of[row] for row in sorted(place_of)])  # of these rows, in row_NR
         self._hidden_N11S = hidden_NS[:, None, None] if hidden_NS.any() else None
         self._added: dict[torch.dtype, torch.Tensor] = {}
+        self.index_P = self.place_P // self.max_rows  # slots, in the order of row_P, and their cells
+        self.used_P = torch.tensor([lengths[index] for index in self.index_P.tolist()])
 
-    def mask(self) -> torch.Tensor | None:
-        """What queries may not look at, True there [num_slots, 1, 1, S]; None where they see all."""
+    def mask(self, window: int | None = None) -> torch.Tensor | None:
+        """What queries may not look at, True there [num_slots, 1, 1, S]; None where they see all.
+
+        Raises:
+            NotImplementedError: there are no windows over prefixes.
+        """
+        if window is not None:
+            raise NotImplementedError("a window over a shared prefix")
         return self._hidden_N11S
 
     def added_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
