@@ -5,20 +5,18 @@ from __future__ import annotations
 import atexit
 import difflib
 import gc
-import logging
 import sys
 import textwrap
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.errors import ErrorBudgetExceeded, Interrupted, UsageError, VlmBatchError
-from pipeline.preview.terminal import printable
-from pipeline.redaction import redacted
+from pipeline.ending import exit_code_of, log_to_stderr
+from pipeline.errors import ErrorBudgetExceeded, UsageError
+from pipeline.shown import shown
 
 if TYPE_CHECKING:
     from pipeline.compose import Composed
@@ -56,34 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     if argv is None:
         atexit.register(gc.freeze)  # nothing to collect at the end: a second, after torch and transformers
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Shown("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_to_stderr()
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _main(words)
-    except VlmBatchError as problem:
-        print(_shown(f"vlm-batch: {problem}"), file=sys.stderr)
-        return problem.exit_code
-    except KeyboardInterrupt:  # before the run listens to signals
-        return Interrupted.exit_code
-    except BrokenPipeError:  # vlm-batch status | head
-        return 1
-    except Exception:  # a bug, ours or a library's; what its messages quote is no safer than what ours do
-        print(_shown(traceback.format_exc()), end="", file=sys.stderr)
-        return 1
-
-
-class _Shown(logging.Formatter):
-    """Log lines as they may be shown."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _shown(super().format(record))
-
-
-def _shown(text: str) -> str:
-    """Text of ours that quotes names, rows or libraries: without secrets, and unable to steer a terminal."""
-    return printable(redacted(text))
+    return exit_code_of(lambda: _main(words))
 
 
 def _main(words: list[str]) -> int:
@@ -169,9 +142,11 @@ def _schema(command: str) -> type | None:
 
 def _run(call: _Call) -> int:
     from pipeline.agenda import refuse_retry
+    from pipeline.cluster.base import Job
     from pipeline.manifest import write_manifest
     from pipeline.planning import Resume
-    from pipeline.run import run
+    from pipeline.ranks import ranks
+    from pipeline.run import prepare, run
     from pipeline.status import phases, read_status, status_lines
 
     config = call.composed().config
@@ -183,9 +158,11 @@ def _run(call: _Call) -> int:
         if config.resume is Resume.overwrite:
             raise UsageError("resume=overwrite begins anew; retry asks again what is there. Leave one of them out.")
         refuse_retry(output_dir, only)
-    config.cluster.launch(partial(run, config, only))
+    config.cluster.launch(Job(partial(prepare, config, only), partial(run, config, only)))
     status = read_status(output_dir)
     write_manifest(output_dir, status)
+    if ranks().rank:
+        return 0  # what is said now is said by rank 0
     fresh = [worker for worker in status.workers if worker["started"] >= started]
     if not fresh:
         done = f"All {status.plan.num_records:,} rows are done already" if only is None else "No such error row is left"
@@ -195,13 +172,16 @@ def _run(call: _Call) -> int:
         else:
             print(f"input    as listed {status.plan.created}; resume=extend takes in what was added since")
     for line in status_lines(output_dir, status):
-        print(_shown(line))
+        print(shown(line))
     for worker in fresh:
         for kind, example in worker["error_examples"].items():
-            print(_shown(f"example  {kind}: {example}").replace("\n", "\\n"))  # a row cannot forge a line
-        print(f"speed    {worker['rows_per_second']:.1f} rows/s, {worker['tokens_per_second']:.0f} tokens/s")
-        print(f"time     {', '.join(f'{name} {share:.0%}' for name, share in phases(worker).items())}")
-    print(_shown(f"data     {output_dir / 'data'}/part-*.parquet"))
+            print(shown(f"example  {kind}: {example}").replace("\n", "\\n"))  # a row cannot forge a line
+    if fresh:
+        rows, tokens = (sum(worker[f"{what}_per_second"] for worker in fresh) for what in ("rows", "tokens"))
+        together = f", {len(fresh)} workers" if len(fresh) > 1 else ""
+        print(f"speed    {rows:.1f} rows/s, {tokens:.0f} tokens/s{together}")
+        print(f"time     {', '.join(f'{name} {share:.0%}' for name, share in phases(fresh).items())}")
+    print(shown(f"data     {output_dir / 'data'}/part-*.parquet"))
     if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):
         print("failed   every row; the examples above say why" if fresh else "failed   every row")
         return 0 if config.max_error_rate is None else ErrorBudgetExceeded.exit_code
@@ -220,7 +200,7 @@ def _status(call: _Call) -> int:
     output_dir = call.composed().config.output_path
     while True:
         status = read_status(output_dir)
-        print(_shown("\n".join(status_lines(output_dir, status))), flush=True)
+        print(shown("\n".join(status_lines(output_dir, status))), flush=True)
         if not call.options.watch or status.complete:
             return 0
         time.sleep(_WATCH_SECONDS)
@@ -233,7 +213,7 @@ def _audit(call: _Call) -> int:
     output_dir = call.composed().config.output_path
     found = audit(output_dir, call.options)
     for line in audit_lines(output_dir, found):
-        print(_shown(line))
+        print(shown(line))
     return 0 if found.passed else 1
 
 

@@ -41,9 +41,13 @@ class Agenda:
         self._published = published_shards(output_dir / "data", plan.plan_id)
 
     def shards(self, rank: int, world: int) -> list[Shard]:
-        """A rank's own shards that lack answers, in order."""
-        numbers = range(rank, self._plan.num_shards, world)
-        return [self._plan.shard(number) for number in numbers if self._num_lacking(number)]
+        """Those that lack answers: a rank's own in order, then the others' from the end.
+
+        Others begin with theirs at the beginning, so that one that has time to help meets them late.
+        """
+        own = range(rank, self._plan.num_shards, world)
+        others = (number for number in reversed(range(self._plan.num_shards)) if number % world != rank)
+        return [self._plan.shard(number) for number in (*own, *others) if self._num_lacking(number)]
 
     def num_records(self, shards: Iterable[Shard]) -> int:
         """How many answers they lack, journals aside."""

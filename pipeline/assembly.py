@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.plan import Plan
 from pipeline.preparation import Preparation, PreparationOptions, Task
 from pipeline.prompt.template import PromptFormat, Template
+from pipeline.ranks import num_own_cores
 from pipeline.records import Answer, EncodedSample
 from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
@@ -148,7 +148,7 @@ def preparation_options(
 
 def default_num_workers() -> int:
     """Half of the cores this process may use: the other half generates, or feeds the accelerator."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(16, num_own_cores() // 2))
 
 
 def build_engine(
@@ -169,7 +169,7 @@ def build_engine(
     from pipeline.vlm.slots.engine import SlotsEngine
     from pipeline.vlm.static import StaticEngine
 
-    loaded = load_model(config.vlm, identity, num_threads=len(os.sched_getaffinity(0)))
+    loaded = load_model(config.vlm, identity, num_threads=num_own_cores())
     batcher.pad_id, batcher.replay = loaded.pad_id, PixelReplay(loaded.device)
     generation = config.generation
     settings = effective_settings(generation, identity.generation_config)

@@ -1,4 +1,7 @@
-"""What a run did so far: counts, rates, waiting. Shown as a bar or as lines, and written to stats/ as a heartbeat."""
+"""What a run did so far: counts, rates, waiting. Shown as a bar or as lines, and written to stats/ as a heartbeat.
+
+Each worker writes what it did itself. Rank 0 shows what all of them did, as the others' heartbeats say it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -17,21 +20,23 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from pipeline.tally import Tally
+from pipeline.worker_stats import HEARTBEAT_SECONDS, WorkerStats, is_running, read_worker_stats
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-HEARTBEAT_SECONDS = 5.0
 _LINE_SECONDS = 30.0
 
 
 class Meter:
-    """Times one worker and shows it: a bar on a terminal, a line every half minute elsewhere."""
+    """Times one worker; rank 0 shows them all: a bar on a terminal, a line every half minute elsewhere."""
 
     def __init__(self, tally: Tally, stats_dir: Path, *, rank: int, plan_id: str, stream: TextIO | None = None) -> None:
         self._tally, self._rank, self._plan_id = tally, rank, plan_id
         self._path = stats_dir / f"worker-{rank}-{uuid.uuid4().hex[:8]}.json"
+        self._others = _Others(self._path, plan_id)
+        self._num_done_before = tally.num_done
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._started_at = time.time()
@@ -58,10 +63,9 @@ class Meter:
         """The model is loaded: answers can come from here on."""
         self.loading_seconds = self.seconds
         self._last_line = time.monotonic()
-        tally = self._tally
-        if self._stream.isatty():
+        if self._rank == 0 and self._stream.isatty():
             self._bar = tqdm(
-                total=tally.num_records, initial=tally.num_done, unit="row", file=self._stream, smoothing=0.05
+                total=self._tally.num_records, initial=self._num_done, unit="row", file=self._stream, smoothing=0.05
             )
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
@@ -88,13 +92,15 @@ class Meter:
     def show(self) -> None:
         """Bring bar, line and heartbeat up to date; cheap, called after every answer."""
         if self._bar is not None:
-            self._bar.update(self._tally.num_done - self._bar.n)
+            self._bar.update(self._num_done - self._bar.n)
         now = time.monotonic()
         if now - self._last_heartbeat >= HEARTBEAT_SECONDS:
             self._last_heartbeat = now
             self.write("running", {})
-            self._postfix()
-        if self._bar is None and now - self._last_line >= _LINE_SECONDS:
+            if self._rank == 0:
+                self._others.look()
+                self._postfix()
+        if self._rank == 0 and self._bar is None and now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
             print(self._line(), file=self._stream, flush=True)
 
@@ -114,6 +120,7 @@ class Meter:
             "waiting_for_input_seconds": round(self.waiting_for_input_seconds, 3),
             "writing_seconds": round(self.writing_seconds, 3),
             "num_answered": tally.num_answered,
+            "num_errors": tally.num_failed,
             "num_generated_tokens": tally.num_generated_tokens,
             "rows_per_second": round(self.rows_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
@@ -128,21 +135,57 @@ class Meter:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._tally.num_done - self._bar.n)
+            self._bar.update(self._num_done - self._bar.n)
             self._postfix()
             self._bar.close()
 
+    @property
+    def _num_done(self) -> int:
+        """By all workers, about: two may have answered the same record."""
+        tally = self._tally
+        by_all = self._num_done_before + tally.num_answered + self._others.num_answered
+        return min(tally.num_records, max(tally.num_done, by_all))
+
     def _postfix(self) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s, {self._tally.num_errors} errors")
+            self._bar.set_postfix_str(self._rates(), refresh=False)
 
     def _line(self) -> str:
-        tally = self._tally
-        left = (tally.num_records - tally.num_done) / max(1e-9, self.rows_per_second)
-        return (
-            f"{tally.num_done:,} of {tally.num_records:,} rows, {self.rows_per_second:.1f} rows/s, "
-            f"{self.tokens_per_second:.0f} tokens/s, {tally.num_errors:,} errors, {duration(left)} left"
+        num_records, rate = self._tally.num_records, self.rows_per_second + self._others.rows_per_second
+        left = duration((num_records - self._num_done) / max(1e-9, rate))
+        return f"{self._num_done:,} of {num_records:,} rows, {rate:.1f} rows/s, {self._rates()}, {left} left"
+
+    def _rates(self) -> str:
+        tokens_per_second = self.tokens_per_second + self._others.tokens_per_second
+        workers = f", {1 + self._others.num_running} workers" if self._others.num_running else ""
+        return f"{tokens_per_second:.0f} tokens/s, {self._tally.num_errors + self._others.num_errors:,} errors{workers}"
+
+
+class _Others:
+    """The other workers of a run, as their heartbeats say; what they did before this one began does not count."""
+
+    def __init__(self, own_path: Path, plan_id: str) -> None:
+        self._own_path, self._plan_id = own_path, plan_id
+        self.num_answered = self.num_errors = self.num_running = 0
+        self.rows_per_second = self.tokens_per_second = 0.0
+        self._before = {worker["name"]: worker for worker in self._stats()}
+
+    def look(self) -> None:
+        """Read their heartbeats."""
+        there = list(self._stats())
+        running = [worker for worker in there if is_running(worker)]
+        self.num_running = len(running)
+        self.num_answered, self.num_errors = (self._since(there, key) for key in ("num_answered", "num_errors"))
+        self.rows_per_second, self.tokens_per_second = (
+            sum(worker[key] for worker in running) for key in ("rows_per_second", "tokens_per_second")
         )
+
+    def _since(self, there: Iterable[WorkerStats], key: str) -> int:
+        return sum(worker.get(key, 0) - self._before.get(worker["name"], {}).get(key, 0) for worker in there)
+
+    def _stats(self) -> list[WorkerStats]:
+        found = read_worker_stats(self._own_path.parent, self._plan_id)
+        return [worker for worker in found if worker["name"] != self._own_path.stem]
 
 
 def duration(seconds: float) -> str:

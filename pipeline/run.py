@@ -63,12 +63,8 @@ def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) 
 def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> None:
     """The story itself: plan, workers, engine, ledger."""
     output_dir = config.output_path
-    identity = identify(config.vlm)
-    if read_plan(output_dir) is None or config.resume is Resume.overwrite:
-        refuse_model(config, identity)  # before a source is read or a file written
-    plan = planned(config, identity, partial(refuse_processor, config, identity))
+    identity, plan, agenda = begun(config, only)
     tally = Tally(plan.num_records)
-    agenda = Agenda(output_dir, plan, only)
     agenda.settle(tally)
     todo = agenda.shards(rank, world)
     if not todo:
@@ -131,6 +127,7 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
             kept_images = config.dataset.image_column if config.write.keep_images else None
             feed = Feed(plan, config.dataset.open(inputs), goal, ledger, claims, kept_images)
             for tasks in feed.streams(todo):
+                meter.show()
                 samples = Intake(meter.waiting(pool.results(tasks)), record, pool.has_results, ledger.taken)
                 parity.check(samples.first(parity.num_due))
                 for answer in engine.answers(samples):
@@ -152,6 +149,25 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
                 by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
                 compared = parity.report if parity else {}
                 meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
+
+
+def prepare(config: RunConfig, only: Collection[str] | None) -> bool:
+    """Make the plan that the ranks will find; whether anything is left to do.
+
+    Raises:
+        UsageError, RunFailed: as run().
+    """
+    _, _, agenda = begun(config, only)
+    return bool(agenda.shards(rank=0, world=1))
+
+
+def begun(config: RunConfig, only: Collection[str] | None) -> tuple[ModelIdentity, Plan, Agenda]:
+    """What a start finds, or makes: the model's identity, the plan, and what is to be done of it."""
+    identity = identify(config.vlm)
+    if read_plan(config.output_path) is None or config.resume is Resume.overwrite:
+        refuse_model(config, identity)  # before a source is read or a file written
+    plan = planned(config, identity, partial(refuse_processor, config, identity))
+    return identity, plan, Agenda(config.output_path, plan, only)
 
 
 def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Template], None]) -> Plan:

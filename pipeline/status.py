@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import time
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.meter import HEARTBEAT_SECONDS, duration
+from pipeline.meter import duration
 from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run
-from pipeline.write.claim import is_alive
+from pipeline.worker_stats import WorkerStats, is_running, read_worker_stats
 from pipeline.write.journal import count_journal_rows
 from pipeline.write.schema import ShardSummary
 from pipeline.write.shard import published_shards
-
-# A worker that has not been heard of for this long is taken for dead.
-_SILENCE_SECONDS = 6 * HEARTBEAT_SECONDS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,7 +30,7 @@ class Status:
     plan: Plan
     shards: Mapping[int, ShardSummary]  # the published ones, by number
     num_journalled: int  # records in journals of other shards, about: two attempts may have answered the same one
-    workers: tuple[Mapping[str, Any], ...] = ()  # of this plan, newest first
+    workers: tuple[WorkerStats, ...] = ()  # of this plan, newest first
 
     @property
     def num_shards_done(self) -> int:
@@ -65,16 +58,9 @@ class Status:
         return min(self.plan.num_records, self.num_published + self.num_journalled)
 
     @property
-    def running(self) -> list[Mapping[str, Any]]:
+    def running(self) -> list[WorkerStats]:
         """Workers that are at work now."""
-        now, host = time.time(), socket.gethostname()
-        return [
-            worker
-            for worker in self.workers
-            if worker["state"] == "running"
-            and now - worker["updated"] < _SILENCE_SECONDS
-            and (worker["host"] != host or is_alive(worker["pid"]))
-        ]
+        return [worker for worker in self.workers if is_running(worker)]
 
 
 def read_status(output_dir: Path) -> Status:
@@ -85,11 +71,12 @@ def read_status(output_dir: Path) -> Status:
     """
     plan = plan_of_run(output_dir)
     shards = published_shards(output_dir / "data", plan.plan_id)
+    workers = read_worker_stats(output_dir / "stats", plan.plan_id)
     return Status(
         plan=plan,
         shards=shards,
         num_journalled=sum(_journalled(output_dir, plan, done=shards.keys())),
-        workers=tuple(sorted(_workers(output_dir, plan), key=lambda worker: -worker["started"])),
+        workers=tuple(sorted(workers, key=lambda worker: -worker["started"])),
     )
 
 
@@ -116,18 +103,16 @@ def status_lines(output_dir: Path, status: Status) -> Iterator[str]:
     yield f"state    running, {len(running)} worker{'s' if len(running) > 1 else ''}, {rate:.1f} rows/s, {left} left"
 
 
-def phases(worker: Mapping[str, Any]) -> dict[str, float]:
-    """Shares of a worker's time since its model was loaded, by what it did; they sum to 1."""
-    engine = worker.get("engine", {})
-    seconds = {
-        "waiting for input": worker["waiting_for_input_seconds"],
-        "trial": engine.get("trial_seconds", 0.0),
-        "vision": engine.get("vision_seconds", 0.0),
-        "prefill": engine.get("prefill_seconds", 0.0),
-        "decode": engine.get("decode_seconds", 0.0),
-        "writing": worker["writing_seconds"],
-    }
-    whole = max(1e-9, worker["seconds"] - worker["loading_seconds"])
+def phases(workers: Sequence[WorkerStats]) -> dict[str, float]:
+    """Shares of the workers' time since their models were loaded, by what they did; they sum to 1."""
+    seconds: dict[str, float] = defaultdict(float)
+    for worker in workers:
+        engine = worker.get("engine", {})
+        seconds["waiting for input"] += worker["waiting_for_input_seconds"]
+        for name in ("trial", "vision", "prefill", "decode"):
+            seconds[name] += engine.get(f"{name}_seconds", 0.0)
+        seconds["writing"] += worker["writing_seconds"]
+    whole = max(1e-9, sum(worker["seconds"] - worker["loading_seconds"] for worker in workers))
     shares = {
         name: value / whole for name, value in seconds.items() if value or name in ("waiting for input", "writing")
     }
@@ -140,13 +125,3 @@ def _journalled(output_dir: Path, plan: Plan, done: Collection[int]) -> Iterator
     for path in (output_dir / "work").glob("part-*.journal"):
         if path.name.partition(".")[0] not in names:
             yield count_journal_rows(path, plan_id=plan.plan_id)
-
-
-def _workers(output_dir: Path, plan: Plan) -> Iterator[Mapping[str, Any]]:
-    for path in (output_dir / "stats").glob("worker-*.json"):
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue  # not ours, or being replaced on a file system that shows it
-        if content.get("plan_id") == plan.plan_id:
-            yield content

@@ -19,6 +19,7 @@ class Tally:
     num_resumed: int = 0
     num_done: int = 0  # resumed ones included
     num_generated_tokens: int = 0  # by this start
+    num_failed: int = 0  # error records, by this start
     errors: Counter[str] = field(default_factory=Counter)  # "stage/type" -> records, resumed ones included
     examples: dict[str, str] = field(default_factory=dict)  # "stage/type" -> id and message of this start's first
 
@@ -40,6 +41,7 @@ class Tally:
         self.num_done += 1
         self.num_generated_tokens += answer.num_generated_tokens or 0
         if answer.fault is not None:
+            self.num_failed += 1
             error = f"{answer.fault.stage}/{answer.fault.kind}"
             self.errors[error] += 1
             message = answer.fault.message

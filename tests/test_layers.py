@@ -9,10 +9,11 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 # From the words of the program up to its command line; a module imports from lower layers, a stage from itself too.
 LAYERS = [
     {"records", "redaction", "option"},
-    {"errors", "tally"},
-    {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "meter", "interruption"},
-    {"overwrite", "preparation", "kernel_choices"},
-    {"plan"},
+    {"errors", "tally", "shown"},
+    {"ranks", "ending"},
+    {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "interruption"},
+    {"overwrite", "preparation", "kernel_choices", "worker_stats"},
+    {"plan", "meter"},
     {"planning"},
     {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog"},
     {"assembly", "audit"},

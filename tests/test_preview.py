@@ -33,8 +33,9 @@ from pipeline.preview.chat import chat
 from pipeline.preview.options import PreviewOptions
 from pipeline.preview.render import render
 from pipeline.preview.rows import chosen, exact_text, preview
-from pipeline.preview.terminal import Terminal, printable
+from pipeline.preview.terminal import Terminal
 from pipeline.records import Answer, EncodedSample, FinishReason, PromptFacts, RecordKey
+from pipeline.shown import printable
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import OnToken
 from pipeline.vlm.identity import identify

@@ -39,7 +39,7 @@ def test_a_job_from_an_empty_folder_to_right_answers(vlm_batch: CommandLine, tmp
     assert (parity["num_rows"], parity["num_identical"], parity["num_pictures_changed"]) == (8, 8, 3)
     assert parity["logit_error"] <= 1e-5
     [worker] = [json.loads(path.read_text()) for path in (tmp_path / "answers" / "stats").iterdir()]
-    shares = phases(worker)
+    shares = phases([worker])
     assert all(shares[name] > 0.01 for name in ("trial", "vision", "prefill", "decode"))
     assert 0 < shares["writing"] < 0.2 and 0 <= shares["other"] < 0.3
     assert sum(shares.values()) == pytest.approx(1)

@@ -6,7 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-Work = Callable[[int, int], None]  # (rank, world size)
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a cluster runs. Both can be pickled.
+
+    prepare: makes the plan, once, before any rank begins; whether anything is left to do. Raises what is wrong with the
+        settings, so that it is said once.
+    work: (rank, world size) does a rank's share, and what other ranks leave. It returns when all is done, whoever did
+        it, so that one rank that returns speaks for all.
+    """
+
+    prepare: Callable[[], bool]
+    work: Callable[[int, int], None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,10 +27,11 @@ class ClusterConfig:
 
     kind: ClassVar[str] = ""
 
-    def launch(self, work: Work) -> None:
-        """Run work(rank, world) for every rank; returns when all have ended.
+    def launch(self, job: Job) -> None:
+        """Have the work done by every rank; returns when all is done.
 
         Raises:
-            whatever a rank raises.
+            whatever a rank in this process raises.
+            RunFailed, Interrupted: what became of ranks in others; each has said why itself.
         """
         raise NotImplementedError(type(self).__name__)

@@ -1,11 +1,15 @@
-"""Everything in this process: one worker, and the cluster to debug with."""
+"""Everything in this process: one worker, and the cluster to debug with.
+
+Under torchrun or accelerate launch it is the worker that the environment says, one of several.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.cluster.base import ClusterConfig, Work
+from pipeline.cluster.base import ClusterConfig, Job
+from pipeline.ranks import ranks
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,5 +18,6 @@ class LocalConfig(ClusterConfig):
 
     kind: ClassVar[str] = "local"
 
-    def launch(self, work: Work) -> None:
-        work(0, 1)
+    def launch(self, job: Job) -> None:
+        own = ranks()
+        job.work(own.rank, own.world)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import RunFailed, UsageError
+from pipeline.ranks import ranks
 from pipeline.vlm.options import DeviceMap, VlmConfig
 
 _GIB = 1 << 30
@@ -125,7 +126,10 @@ def _gpu_memory() -> dict[int, int]:
 def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            own = ranks()
+            if own.local_world == 1:
+                return torch.device("cuda")
+            return torch.device("cuda", own.local_rank % torch.cuda.device_count())  # a GPU for each process
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(wanted)

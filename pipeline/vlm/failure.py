@@ -8,6 +8,7 @@ import os
 import torch
 
 from pipeline.errors import RunFailed
+from pipeline.ranks import ranks
 
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -40,13 +41,13 @@ def described(problem: Exception) -> tuple[str, str]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device; of a CPU what the system calls available."""
+    """Memory that can still be had on a device; of a CPU this process's share of what the system calls available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return int(fields["MemAvailable"].split()[0]) * 1024 // ranks().local_world
     except (OSError, KeyError, ValueError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 

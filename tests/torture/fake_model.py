@@ -10,7 +10,7 @@ FAKE_MODEL_LOG=FILE gets a line for each answer that was generated ("made KEY"),
 journal ("kept KEY"): what may not be generated again; and one for each worker ("began ATTEMPT").
 FAKE_MODEL_CLOCK=+3600 or -3600 has the process see another time of day, "frozen" one that stands still, and "jumping"
 one that goes an hour forth and back. Durations have a clock of their own, and files that of their file system.
-FAKE_MODEL_LEASE=SECONDS is how long a claim holds. FAKE_MODEL_RANK=2/7 has the process do the share of that rank.
+FAKE_MODEL_LEASE=SECONDS is how long a claim holds.
 FAKE_MODEL_GATES=FOLDER has the process wait, before it plans and again before it takes a shard, until there is a file
 FOLDER/plan or FOLDER/work; meanwhile it stands there as FOLDER/plan.PID or FOLDER/work.PID.
 """
@@ -34,8 +34,6 @@ from PIL import Image
 
 from pipeline import assembly, preparation, run
 from pipeline.__main__ import main
-from pipeline.cluster.base import Work
-from pipeline.cluster.local import LocalConfig
 from pipeline.config import RunConfig
 from pipeline.plan import Plan
 from pipeline.preparation import Preparation, PreparationOptions, Task
@@ -49,7 +47,7 @@ from pipeline.write.claim import LEASE_SECONDS, Claims
 from pipeline.write.journal import Journal
 
 LOG, POISON, BATCH_ROWS = "FAKE_MODEL_LOG", "FAKE_MODEL_POISON", "FAKE_MODEL_BATCH_ROWS"
-CLOCK, LEASE, RANK, GATES = "FAKE_MODEL_CLOCK", "FAKE_MODEL_LEASE", "FAKE_MODEL_RANK", "FAKE_MODEL_GATES"
+CLOCK, LEASE, GATES = "FAKE_MODEL_CLOCK", "FAKE_MODEL_LEASE", "FAKE_MODEL_GATES"
 BATCH_SECONDS = 0.004
 FROZEN_AT = 1_800_000_000.0
 
@@ -190,12 +188,6 @@ def claims_that_tell(work_dir: Path, attempt_id: str) -> Claims:
     return Claims(work_dir, attempt_id, lease_seconds=float(os.environ.get(LEASE, LEASE_SECONDS)))
 
 
-def launch_rank(self: LocalConfig, work: Work) -> None:
-    """As a cluster of several workers starts one of them."""
-    rank, _, world = os.environ.get(RANK, "0/1").partition("/")
-    work(int(rank), int(world))
-
-
 def install() -> None:
     """Put the fake model in the place of the real one."""
     run.refuse_model = lambda *_: None  # type: ignore[assignment]
@@ -204,7 +196,6 @@ def install() -> None:
     run.build_engine = lambda config, identity, batcher, stop, settle: FakeEngine(stop)  # type: ignore[assignment]
     run.parity_check = lambda *_, **__: NoParity()  # type: ignore[assignment]
     run.Claims = claims_that_tell  # type: ignore[assignment, misc]
-    LocalConfig.launch = launch_rank  # type: ignore[method-assign]
     Journal.append = journal_that_tells(Journal.append)  # type: ignore[method-assign]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_model import RANK, right_answer
+from fake_model import right_answer
 from fake_run import Ended, fake_run
 from odd_model import LONE, NUL
 from PIL import Image
@@ -230,7 +230,7 @@ def test_fewer_rows_than_workers(num_rows: int, tmp_path: Path) -> None:
     ]  # fmt: skip
 
     def start(rank: int) -> Ended:
-        return fake_run(tmp_path, *words, environment={RANK: f"{rank}/3"})
+        return fake_run(tmp_path, *words, environment={"RANK": str(rank), "WORLD_SIZE": "3"})
 
     with ThreadPoolExecutor() as pool:  # several processes at one folder, as an array job starts them
         list(pool.map(start, range(3)))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_model import BATCH_ROWS, RANK
+from fake_model import BATCH_ROWS
 from faultbox import KILLED, Box, Found, Watcher
 
 pytestmark = pytest.mark.slow  # make test has the kills, the races and the state machine
@@ -26,7 +26,7 @@ def started(box: Box, world: int, batch_rows: int, num_decoders: int) -> list[su
     """One process for each rank, as a cluster starts them."""
     processes = []
     for rank in range(world):
-        box.environment = {RANK: f"{rank}/{world}", BATCH_ROWS: str(batch_rows)}
+        box.environment = {"RANK": str(rank), "WORLD_SIZE": str(world), BATCH_ROWS: str(batch_rows)}
         words = (f"engine.num_workers={num_decoders}", f"engine.max_batch_rows={batch_rows}")
         processes.append(box.start(*words, f"write.sync_seconds={0.02 * (1 + rank)}"))
     return processes
