@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +31,11 @@ _LINE_SECONDS = 30.0
 
 
 class Meter:
-    """Times one worker; rank 0 shows them all: a bar on a terminal, a line every half minute elsewhere."""
+    """Times one worker; rank 0 shows them all: a bar on a terminal, a line every half minute elsewhere.
+
+    While it is entered, until it is closed, a thread writes the heartbeat, so that a worker whose model takes long to
+    load, or to answer, does not pass for dead.
+    """
 
     def __init__(self, tally: Tally, stats_dir: Path, *, rank: int, plan_id: str, stream: TextIO | None = None) -> None:
         self._tally, self._rank, self._plan_id = tally, rank, plan_id
@@ -40,10 +45,21 @@ class Meter:
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._started_at = time.time()
-        self._last_heartbeat = self._last_line = self._started
+        self._last_look = self._last_line = self._started
         self.waiting_for_input_seconds = self.writing_seconds = 0.0
         self.loading_seconds = 0.0
         self._bar: Any = None
+        self._state = "loading"
+        self._closing = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Meter:
+        self.write(self._state, {})
+        self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def seconds(self) -> float:
@@ -61,7 +77,7 @@ class Meter:
 
     def loaded(self) -> None:
         """The model is loaded: answers can come from here on."""
-        self.loading_seconds = self.seconds
+        self.loading_seconds, self._state = self.seconds, "running"
         self._last_line = time.monotonic()
         if self._rank == 0 and self._stream.isatty():
             self._bar = tqdm(
@@ -90,17 +106,17 @@ class Meter:
             self.writing_seconds += time.monotonic() - began
 
     def show(self) -> None:
-        """Bring bar, line and heartbeat up to date; cheap, called after every answer."""
+        """Bring bar or line up to date; cheap, called after every answer."""
+        if self._rank:
+            return
         if self._bar is not None:
             self._bar.update(self._num_done - self._bar.n)
         now = time.monotonic()
-        if now - self._last_heartbeat >= HEARTBEAT_SECONDS:
-            self._last_heartbeat = now
-            self.write("running", {})
-            if self._rank == 0:
-                self._others.look()
-                self._postfix()
-        if self._rank == 0 and self._bar is None and now - self._last_line >= _LINE_SECONDS:
+        if now - self._last_look >= HEARTBEAT_SECONDS:
+            self._last_look = now
+            self._others.look()
+            self._postfix()
+        if self._bar is None and now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
             print(self._line(), file=self._stream, flush=True)
 
@@ -134,10 +150,19 @@ class Meter:
             log.warning("%s could not be written: %s", self._path, problem)
 
     def close(self) -> None:
+        """No heartbeat follows: what is written after this is the last word."""
+        self._closing.set()
+        if self._heart.is_alive():
+            self._heart.join()
         if self._bar is not None:
             self._bar.update(self._num_done - self._bar.n)
             self._postfix()
             self._bar.close()
+            self._bar = None
+
+    def _beat(self) -> None:
+        while not self._closing.wait(HEARTBEAT_SECONDS):
+            self.write(self._state, {})
 
     @property
     def _num_done(self) -> int:

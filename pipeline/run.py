@@ -115,6 +115,7 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
     give_up = stop.give_up if config.stall_exit else None
     with (
         claims,
+        meter,
         workers(config, plan, identity, template, batcher) as pool,
         Watchdog(config.stall_seconds, tally, pool, lambda: engine.counts if engine else None, give_up),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from pipeline.worker_stats import WorkerStats, is_running, read_worker_stats
 from pipeline.write.journal import count_journal_rows
 from pipeline.write.schema import ShardSummary
 from pipeline.write.shard import published_shards
+
+_MOST_LINES = 16  # about workers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,7 +104,28 @@ def status_lines(output_dir: Path, status: Status) -> Iterator[str]:
         return
     rate = sum(worker["rows_per_second"] for worker in running)
     left = duration((plan.num_records - status.num_done) / rate) if rate else "unknown time"
-    yield f"state    running, {len(running)} worker{'s' if len(running) > 1 else ''}, {rate:.1f} rows/s, {left} left"
+    yield f"state    running, {_number(running, 'worker')}, {rate:.1f} rows/s, {left} left"
+    if len(running) > 1:
+        yield from _worker_lines(running)
+
+
+def _worker_lines(running: Sequence[WorkerStats]) -> Iterator[str]:
+    """A few workers one by one; of many those that are much slower than most."""
+    at_work = [worker for worker in running if worker["state"] == "running"]
+    usual = statistics.median(worker["rows_per_second"] for worker in at_work) if at_work else 0.0
+    slow = [worker for worker in at_work if worker["rows_per_second"] < usual / 2]
+    told = running if len(running) <= _MOST_LINES else slow[:_MOST_LINES]
+    for worker in sorted(told, key=lambda worker: worker["rank"]):
+        heard = duration(max(0.0, time.time() - worker["updated"]))
+        yield (
+            f"worker   {worker['rank']} on {worker['host']}: {worker['state']}, {worker['num_answered']:,} rows, "
+            f"{worker['rows_per_second']:.1f} rows/s, heard of {heard} ago"
+            + (", slower than most" if worker in slow else "")
+        )
+
+
+def _number(things: Sequence[object], name: str) -> str:
+    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
 
 
 def phases(workers: Sequence[WorkerStats]) -> dict[str, float]:

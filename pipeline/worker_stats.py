@@ -32,7 +32,7 @@ def read_worker_stats(stats_dir: Path, plan_id: str) -> Iterator[WorkerStats]:
 def is_running(worker: WorkerStats) -> bool:
     """Whether it is at work now, as far as is known."""
     return (
-        worker["state"] == "running"
+        worker["state"] in ("loading", "running")
         and time.time() - worker["updated"] < _SILENCE_SECONDS
         and (worker["host"] != socket.gethostname() or is_alive(worker["pid"]))
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -89,6 +90,32 @@ def test_a_worker_that_was_heard_of_lately_is_running(tmp_path: Path) -> None:
     for change in ({"updated": now - 3600}, {"pid": ended.pid}):  # silent for an hour; killed a moment ago
         heartbeat.write_text(json.dumps(worker | change))
         assert "not running, last heard of as 'running'" in list(status_lines(tmp_path, read_status(tmp_path)))[-1]
+
+
+def heartbeat(folder: Path, plan_id: str, rank: int, **changes: object) -> None:
+    worker = {"plan_id": plan_id, "rank": rank, "state": "running", "host": socket.gethostname(), "pid": os.getpid()}
+    worker |= {"started": time.time() - 60, "updated": time.time(), "num_answered": 1200, "rows_per_second": 2.0}
+    (folder / f"stats/worker-{rank}-x.json").write_text(json.dumps(worker | changes))
+
+
+def test_of_several_workers_each_is_named_and_of_many_the_slow_ones(tmp_path: Path) -> None:
+    plan_id = new_plan(tmp_path, 6).plan_id
+    heartbeat(tmp_path, plan_id, 0)
+    heartbeat(tmp_path, plan_id, 1, rows_per_second=0.1)
+    heartbeat(tmp_path, plan_id, 2, rows_per_second=0.0, state="loading")
+    heartbeat(tmp_path, plan_id, 3, state="done")
+    lines = list(status_lines(tmp_path, read_status(tmp_path)))[-4:]
+    assert lines[0].startswith("state    running, 3 workers, 2.1 rows/s")
+    of = f"on {socket.gethostname()}:"
+    assert [re.sub(r"\d+ s ago", "ago", line) for line in lines[1:]] == [
+        f"worker   0 {of} running, 1,200 rows, 2.0 rows/s, heard of ago",
+        f"worker   1 {of} running, 1,200 rows, 0.1 rows/s, heard of ago, slower than most",
+        f"worker   2 {of} loading, 1,200 rows, 0.0 rows/s, heard of ago",
+    ]
+    for rank in range(3, 20):
+        heartbeat(tmp_path, plan_id, rank)
+    told = [line for line in status_lines(tmp_path, read_status(tmp_path)) if line.startswith("worker")]
+    assert len(told) == 1 and told[0].startswith("worker   1 ")
 
 
 def test_no_run_is_wrong_usage(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""What a worker says of itself while it works, and what rank 0 shows of all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import meter as meter_module
+from pipeline.meter import Meter
+from pipeline.records import Answer, Fault, RecordKey, Stage
+from pipeline.tally import Tally
+
+
+def answer(row_index: int, fault: Fault | None = None) -> Answer:
+    return Answer(RecordKey(row_index, "default", 0), f"row {row_index}", fault=fault)
+
+
+def meter(tally: Tally, folder: Path, rank: int = 0) -> tuple[Meter, io.StringIO]:
+    shown = io.StringIO()
+    return Meter(tally, folder, rank=rank, plan_id="plan", stream=shown), shown
+
+
+def heartbeats(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("worker-*.json"))]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter_module, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(meter_module, "_LINE_SECONDS", 0.0)
+
+
+def wait_until_updated(folder: Path, after: float) -> dict[str, Any]:
+    deadline = time.monotonic() + 20
+    while (found := heartbeats(folder)[0])["updated"] <= after:
+        assert time.monotonic() < deadline, "no heartbeat"
+        time.sleep(0.01)
+    return found
+
+
+def test_a_worker_is_heard_of_while_it_loads_and_while_no_answer_comes(tmp_path: Path) -> None:
+    one, _ = meter(Tally(10), tmp_path)
+    with one:
+        first = heartbeats(tmp_path)[0]
+        assert first["state"] == "loading" and first["pid"] == os.getpid()
+        assert wait_until_updated(tmp_path, first["updated"])["state"] == "loading"
+        one.loaded()
+        assert wait_until_updated(tmp_path, time.time())["state"] == "running"
+        one.close()
+        one.write("done", {"num_shards_published": 1})
+    time.sleep(0.2)
+    assert heartbeats(tmp_path)[0]["state"] == "done", "a heartbeat came after the last word"
+
+
+def test_rank_0_shows_what_all_do(tmp_path: Path) -> None:
+    earlier = {"plan_id": "plan", "rank": 1, "state": "running", "host": socket.gethostname(), "pid": os.getpid()}
+    earlier |= {"updated": time.time(), "num_answered": 5, "num_errors": 1}
+    earlier |= {"rows_per_second": 2.0, "tokens_per_second": 20.0}
+    path = tmp_path / "worker-1-x.json"
+    path.write_text(json.dumps(earlier))
+    (tmp_path / "worker-2-y.json").write_text(json.dumps(earlier | {"plan_id": "another"}))
+    tally = Tally(100)
+    tally.resume(10, {})
+    one, shown = meter(tally, tmp_path)
+    one.loaded()
+    tally.add(answer(0, Fault(Stage.DECODE, "Broken", "broken")))
+    path.write_text(json.dumps(earlier | {"num_answered": 25, "num_errors": 3}))  # 20 since rank 0 began
+    time.sleep(0.06)
+    one.show()
+    line = shown.getvalue().splitlines()[-1]
+    assert line.startswith("31 of 100 rows, ") and "3 errors, 2 workers" in line
+    path.write_text(json.dumps(earlier | {"num_answered": 500, "state": "done"}))  # some rows were answered twice
+    time.sleep(0.06)
+    one.show()
+    line = shown.getvalue().splitlines()[-1]
+    assert line.startswith("100 of 100 rows, ") and "workers" not in line
+
+
+def test_other_ranks_show_nothing(tmp_path: Path) -> None:
+    one, shown = meter(Tally(10), tmp_path, rank=3)
+    one.loaded()
+    one.show()
+    one.close()
+    assert shown.getvalue() == "" and heartbeats(tmp_path) == []
+    one.write("done", {})
+    assert heartbeats(tmp_path)[0]["rank"] == 3
