@@ -108,6 +108,7 @@ def test_wrong_settings_are_said_once_and_before_any_process_starts(vlm_batch: C
     assert said.count("vlm-batch: ") == said.count("not a folder here") == 1 and "[0]" not in said
 
 
+@pytest.mark.slow
 def test_two_processes_answer_what_one_answers(vlm_batch: CommandLine, tmp_path: Path) -> None:
     vlm_batch(*JOB, "output_dir=one")
     said = vlm_batch(*JOB, *CREW, "output_dir=two")
