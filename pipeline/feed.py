@@ -21,7 +21,7 @@ from pipeline.write.ledger import Ledger
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
-_ENDED = Fault(Stage.GENERATE, "ProcessEnded", "the whole process ended whenever it was at this row, once at it alone")
+_ENDED = Fault(Stage.GENERATE, "ProcessEnded", "the whole process ended whenever it was at this row, twice at it alone")
 
 
 class Feed:

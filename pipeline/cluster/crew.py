@@ -26,7 +26,7 @@ from pipeline.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-_MAX_RESTARTS = 8  # of each rank: enough to find the row of a batch that ends processes (pipeline/write/suspects.py)
+_MAX_RESTARTS = 16  # of each rank: enough to find some rows that end processes (pipeline/write/suspects.py)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _OWN_ENDINGS = {0, RunFailed.exit_code, UsageError.exit_code, Interrupted.exit_code}
 _WATCH_SECONDS = 1.0

@@ -5,8 +5,10 @@
 The file goes when its attempt ends in good order, so one that is still there is of a process that was killed. One
 death says nothing: schedulers kill, too. Rows that were under way at several deaths of one shard are suspects: asked
 last, in a few groups, one group at a time, those with the most deaths first. Whoever kills for other reasons costs no
-more than that. A row that kills leaves a smaller group at each death; one that was alone when its process died becomes
-an error record (after delta debugging, Zeller and Hildebrandt 2002, with deaths that happen anyway as its tests).
+more than that. A row that kills leaves a smaller group at each death; one that was alone at two of them becomes an
+error record (after delta debugging, Zeller and Hildebrandt 2002, with deaths that happen anyway as its tests). Once
+would not do: a run that is killed every few seconds comes to rows that are asked alone, and one is under way at the
+next kill.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from pathlib import Path
 
 _ROW = struct.Struct("<q")
 _LEAST_DEATHS = 2
+_LEAST_DEATHS_ALONE = 2
 _NUM_GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
-    """Rows that may have ended processes. `groups` are to be asked one after the other; `culprits` were alone at it."""
+    """Rows that may have ended processes: `groups` to ask one by one, `culprits` that were alone at it twice."""
 
     groups: tuple[tuple[int, ...], ...] = ()
     culprits: frozenset[int] = frozenset()
@@ -69,19 +72,20 @@ class Taken:
 def read_suspects(work_dir: Path, stem: str, unanswered: Collection[int]) -> Suspects:
     """Of the rows without an answer, those that were under way at two deaths of processes or more."""
     under_way: list[set[int]] = []
-    alone: frozenset[int] = frozenset()
+    alone: Counter[int] = Counter()
     for path in taken_files(work_dir, stem):
         with suppress(OSError):  # its attempt has just ended in good order
             content = path.read_bytes()
             rows = [number for (number,) in _ROW.iter_unpack(content[: len(content) // _ROW.size * _ROW.size])]
             under_way.append({number if number >= 0 else -1 - number for number in rows}.intersection(unanswered))
-            alone |= {-1 - rows[-1]} if rows and rows[-1] < 0 else set()
+            alone.update([-1 - rows[-1]] if rows and rows[-1] < 0 else [])
     deaths = Counter(row for rows in under_way for row in rows)
     suspects = {row: number for row, number in deaths.items() if number >= _LEAST_DEATHS}
-    culprits = alone & suspects.keys()
-    groups: list[tuple[int, ...]] = []
+    culprits = frozenset(row for row in suspects if alone[row] >= _LEAST_DEATHS_ALONE)
+    once = sorted(row for row in suspects if alone[row] and row not in culprits)
+    groups: list[tuple[int, ...]] = [(row,) for row in once]  # first, and alone again
     for most in sorted(set(suspects.values()), reverse=True):
-        alike = sorted(row for row, number in suspects.items() if number == most and row not in culprits)
+        alike = sorted(row for row, number in suspects.items() if number == most and not alone[row])
         size = -(-len(alike) // _NUM_GROUPS)
         groups += [tuple(alike[start : start + size]) for start in range(0, len(alike), size or 1)]
     return Suspects(tuple(groups), culprits)

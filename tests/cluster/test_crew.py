@@ -39,7 +39,7 @@ def test_each_process_knows_its_rank_and_sees_one_gpu(tmp_path: Path, monkeypatc
 def test_a_killed_process_is_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     crew(crews.is_killed_once, tmp_path).run()
     assert (tmp_path / "0.started").stat().st_size == 2
-    assert "worker 0 was ended by SIGKILL; it is started again (1 of 8 times)" in caplog.text
+    assert "worker 0 was ended by SIGKILL; it is started again (1 of 16 times)" in caplog.text
 
 
 def test_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def starts_until_done(box: Box, found: Found, most: int) -> int:
     raise AssertionError(f"not done after {most} starts\n{printed}")
 
 
-@pytest.mark.parametrize(("batch_rows", "most"), [(1, 4), (3, 4), pytest.param(40, 6, marks=pytest.mark.torture)])
+@pytest.mark.parametrize(("batch_rows", "most"), [(1, 5), (3, 6), pytest.param(40, 8, marks=pytest.mark.torture)])
 def test_a_row_that_ends_the_process(batch_rows: int, most: int, tmp_path: Path, found: Found) -> None:
     """Fault 50: a row that ends the process becomes an error row after a few deaths."""
     box = Box(tmp_path / "box", 100, shard_rows=60)
@@ -54,11 +54,12 @@ def test_several_rows_that_end_the_process(tmp_path: Path, found: Found) -> None
     assert kinds["ProcessEnded"] == len(poison)
 
 
-def test_kills_from_outside_condemn_nobody(tmp_path: Path, found: Found) -> None:
-    """Fault 50: a scheduler that kills at the same rows again and again costs time and no answer."""
+@pytest.mark.parametrize(("batch_rows", "num_kills"), [(5, 2), (1, 3)])
+def test_kills_from_outside_condemn_nobody(batch_rows: int, num_kills: int, tmp_path: Path, found: Found) -> None:
+    """Fault 50: kills at the same rows again and again, once at one that is asked alone, cost time and no answer."""
     box = Box(tmp_path / "box", 60, shard_rows=60)
-    box.environment = {POISON: "00023.png", BATCH_ROWS: "5"}
-    for _ in range(2):
+    box.environment = {POISON: "00023.png", BATCH_ROWS: str(batch_rows)}
+    for _ in range(num_kills):
         process = box.start()
         process.communicate(timeout=60)
         assert process.returncode == KILLED

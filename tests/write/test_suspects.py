@@ -42,10 +42,20 @@ def test_a_group_that_dies_is_divided_and_comes_first(tmp_path: Path) -> None:
     assert suspects(tmp_path).groups == ((4,), (5,), (0, 1), (2, 3), (6, 7), (8, 9), (10, 11), (12, 13), (14, 15))
 
 
-def test_who_was_alone_is_a_culprit_and_stays_one(tmp_path: Path) -> None:
+def test_who_was_alone_once_is_asked_alone_again_before_the_others(tmp_path: Path) -> None:
+    for _ in range(3):
+        death(tmp_path, list(range(40)))
+    death(tmp_path, [30], alone=True)
+    found = suspects(tmp_path)
+    assert (found.groups[0], found.culprits) == ((30,), frozenset())
+    assert sorted(row for group in found.groups for row in group) == list(range(40))
+
+
+def test_who_was_alone_twice_is_a_culprit_and_stays_one(tmp_path: Path) -> None:
     for _ in range(2):
         death(tmp_path, [4, 5, 6])
-    death(tmp_path, [5], alone=True)
+    for _ in range(2):
+        death(tmp_path, [5], alone=True)
     death(tmp_path, [4, 6])  # 5 was put down as an error, and the disk did not have it yet
     assert suspects(tmp_path).culprits == {5}
     assert suspects(tmp_path).groups == ((4,), (6,))
