@@ -158,7 +158,9 @@ def _run(call: _Call) -> int:
         if config.resume is Resume.overwrite:
             raise UsageError("resume=overwrite begins anew; retry asks again what is there. Leave one of them out.")
         refuse_retry(output_dir, only)
-    config.cluster.launch(Job(partial(prepare, config, only), partial(run, config, only)))
+    job = Job(partial(prepare, config, only), partial(run, config, only), str(output_dir))
+    if not config.cluster.launch(job):
+        return 0  # a scheduler has it
     status = read_status(output_dir)
     write_manifest(output_dir, status)
     if ranks().rank:

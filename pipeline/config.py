@@ -15,8 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from pipeline.cluster.base import ClusterConfig
-from pipeline.cluster.gpus import GpusConfig
-from pipeline.cluster.local import LocalConfig
+from pipeline.cluster.registry import CLUSTERS
 from pipeline.dataset.base import DatasetConfig
 from pipeline.dataset.registry import READERS
 from pipeline.errors import UsageError
@@ -102,7 +101,7 @@ def register_schemas() -> None:
         },
         "generation": {"greedy": GreedyConfig, "sample": SampleConfig},
         "write": {"write": WriteConfig},
-        "cluster": {option_class.kind: option_class for option_class in (LocalConfig, GpusConfig)},
+        "cluster": dict(CLUSTERS),
     }
     for group, schemas in choices.items():
         for name, node in schemas.items():

@@ -23,11 +23,13 @@ from pipeline.feed import Feed
 from pipeline.intake import Intake
 from pipeline.interruption import Interruption
 from pipeline.kernel_choices import KernelChoices
+from pipeline.manifest import write_manifest
 from pipeline.meter import Meter
 from pipeline.plan import Plan, changed_versions, read_inputs, read_plan
 from pipeline.planning import Resume, make_folders, open_plan
 from pipeline.prompt.template import Template
 from pipeline.records import Answer
+from pipeline.status import read_status
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import Engine
@@ -57,18 +59,19 @@ def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) 
         RunFailed: the run cannot go on; what is finished is on disk.
     """
     with Interruption(config.grace_seconds) as stop:
-        run_share(config, only, rank, world, stop)
+        if run_share(config, only, rank, world, stop):
+            write_manifest(config.output_path, read_status(config.output_path))
 
 
-def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> None:
-    """The story itself: plan, workers, engine, ledger."""
+def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> bool:
+    """The story itself: plan, workers, engine, ledger. Whether there was anything to do."""
     output_dir = config.output_path
     identity, plan, agenda = begun(config, only)
     tally = Tally(plan.num_records)
     agenda.settle(tally)
     todo = agenda.shards(rank, world)
     if not todo:
-        return  # before anything heavy is imported
+        return False  # before anything heavy is imported
     stop.check()
     log.info(
         "%s rows to answer in %s shards, %s done already; loading the model ...",
@@ -150,6 +153,7 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
                 by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
                 compared = parity.report if parity else {}
                 meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
+    return True
 
 
 def prepare(config: RunConfig, only: Collection[str] | None) -> bool:

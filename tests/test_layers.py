@@ -16,8 +16,8 @@ LAYERS = [
     {"plan", "meter"},
     {"planning"},
     {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog"},
-    {"assembly", "audit"},
-    {"compose", "run", "manifest"},
+    {"assembly", "audit", "manifest"},
+    {"compose", "run"},
     {"preview"},
     {"__main__"},
 ]

@@ -9,16 +9,18 @@ from typing import ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a cluster runs. Both can be pickled.
+    """What a cluster runs. All of it can be pickled.
 
     prepare: makes the plan, once, before any rank begins; whether anything is left to do. Raises what is wrong with the
         settings, so that it is said once.
     work: (rank, world size) does a rank's share, and what other ranks leave. It returns when all is done, whoever did
         it, so that one rank that returns speaks for all.
+    output_dir: folder or URL of the results, as it was given: for the names of jobs and the place of their logs.
     """
 
     prepare: Callable[[], bool]
     work: Callable[[int, int], None]
+    output_dir: str
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,8 +29,11 @@ class ClusterConfig:
 
     kind: ClassVar[str] = ""
 
-    def launch(self, job: Job) -> None:
-        """Have the work done by every rank; returns when all is done.
+    def launch(self, job: Job) -> bool:
+        """Have the work done by every rank.
+
+        Returns:
+            True when all is done; False where it was handed to a scheduler and goes on without this process.
 
         Raises:
             whatever a rank in this process raises.

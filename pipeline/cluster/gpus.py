@@ -24,7 +24,7 @@ class GpusConfig(ClusterConfig):
 
     workers: int | None = option(None, "processes; null = one for each visible GPU", speed=True, least=1)
 
-    def launch(self, job: Job) -> None:
+    def launch(self, job: Job) -> bool:
         """See ClusterConfig.
 
         Raises:
@@ -32,7 +32,7 @@ class GpusConfig(ClusterConfig):
         """
         if own := ranks_given():  # torchrun has started a process for each already
             job.work(own.rank, own.world)
-            return
+            return True
         gpus = visible_gpus()
         num_workers = self.workers or len(gpus)
         if not num_workers:
@@ -42,6 +42,7 @@ class GpusConfig(ClusterConfig):
             )
         if job.prepare():
             Crew(job.work, num_workers, gpus).run()
+        return True
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:

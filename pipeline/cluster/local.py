@@ -18,6 +18,8 @@ class LocalConfig(ClusterConfig):
 
     kind: ClassVar[str] = "local"
 
-    def launch(self, job: Job) -> None:
+    def launch(self, job: Job) -> bool:
+        """See ClusterConfig."""
         own = ranks()
         job.work(own.rank, own.world)
+        return True
