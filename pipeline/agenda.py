@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run
 from pipeline.records import Shard, Stage
 from pipeline.tally import Tally
+from pipeline.write.file import Place
 from pipeline.write.goal import FirstAnswers, Goal
 from pipeline.write.retry import Retry, is_meant, roll_forward
 from pipeline.write.schema import OutputSchema
@@ -35,7 +35,7 @@ class Agenda:
         RunFailed: what an earlier start left half done cannot be finished.
     """
 
-    def __init__(self, output_dir: Path, plan: Plan, only: Collection[str] | None) -> None:
+    def __init__(self, output_dir: Place, plan: Plan, only: Collection[str] | None) -> None:
         self._output_dir, self._plan, self._only = output_dir, plan, only
         roll_forward(output_dir / "work", output_dir / "data", plan.plan_id)
         self._published = published_shards(output_dir / "data", plan.plan_id)
@@ -84,7 +84,7 @@ class Agenda:
         return sum(times for error, times in errors.items() if is_meant(error, self._only))
 
 
-def refuse_retry(output_dir: Path, only: Collection[str]) -> None:
+def refuse_retry(output_dir: Place, only: Collection[str]) -> None:
     """Refuse what cannot be asked again, before anything heavy is imported.
 
     Raises:

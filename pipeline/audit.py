@@ -7,7 +7,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +16,7 @@ from pipeline.errors import RunFailed
 from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run, read_inputs
 from pipeline.records import Shard
+from pipeline.write.file import Place, matching
 from pipeline.write.schema import ANSWER_FIELDS, WriteConfig, output_schema
 from pipeline.write.shard import read_shard, shard_files, shard_summary
 
@@ -51,7 +51,7 @@ class Audit:
         return not self.problems
 
 
-def audit(output_dir: Path, options: AuditOptions | None = None) -> Audit:
+def audit(output_dir: Place, options: AuditOptions | None = None) -> Audit:
     """Compare the records in data/ with the plan, all pages' checksums verified.
 
     options: None = what AuditOptions() says.
@@ -93,7 +93,7 @@ def audit(output_dir: Path, options: AuditOptions | None = None) -> Audit:
         found.problems.append(f"{len(missing)} shards ({rows:,} rows) are missing: {_examples(missing)}")
     for number, path in files.items():
         found.problems.append(f"{path}: the plan has only {plan.num_shards} shards; number {number} belongs to no row")
-    for path in sorted((output_dir / "data").glob("*.parquet")):
+    for path in matching(output_dir / "data", "*.parquet"):
         if path not in known:
             found.problems.append(f"{path} is no shard of this run, but whoever reads data/*.parquet reads it too")
     if doubled := ids.doubled():
@@ -101,7 +101,7 @@ def audit(output_dir: Path, options: AuditOptions | None = None) -> Audit:
     return found
 
 
-def audit_lines(output_dir: Path, found: Audit) -> Iterator[str]:
+def audit_lines(output_dir: Place, found: Audit) -> Iterator[str]:
     """The audit as people read it."""
     for problem in found.problems:
         yield f"PROBLEM  {problem}"
@@ -162,7 +162,7 @@ def _schema(plan: Plan, columns: pa.Schema) -> pa.Schema:
 
 
 def _audit_shard(
-    found: Audit, plan: Plan, shard: Shard, path: Path, prefix: str, schema: pa.Schema | None, ids: _Ids
+    found: Audit, plan: Plan, shard: Shard, path: Place, prefix: str, schema: pa.Schema | None, ids: _Ids
 ) -> pa.Table | None:
     """Notes what is wrong with a shard; its rows, where they can be looked at further."""
     summary = shard_summary(path)

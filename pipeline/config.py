@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -34,6 +33,7 @@ from pipeline.vlm.options import (
     VllmConfig,
     VlmConfig,
 )
+from pipeline.write.file import Place, place
 from pipeline.write.schema import WriteConfig
 
 _ADDRESSES = ("dataset.path", "dataset.root", "vlm.path")
@@ -50,7 +50,9 @@ class RunConfig:
     generation: GenerationConfig = MISSING
     write: WriteConfig = MISSING
     cluster: ClusterConfig = MISSING
-    output_dir: str | None = option(None, "folder of the results; null = outputs/ and the dataset's kind", speed=True)
+    output_dir: str | None = option(
+        None, "folder of the results, or an fsspec URL (s3://...); null = outputs/ and the dataset's kind", speed=True
+    )
     seed: int = option(42, "of generation=sample; each row has a seed of its own, made from this one")
     max_error_rate: float | None = option(
         0.05,
@@ -77,9 +79,9 @@ class RunConfig:
     stall_exit: bool = option(False, "after such a report, end with exit code 75 (run again)", speed=True)
 
     @property
-    def output_path(self) -> Path:
+    def output_path(self) -> Place:
         """Where the results lie."""
-        return Path(self.output_dir or f"outputs/{self.dataset.kind}").expanduser()
+        return place(self.output_dir or f"outputs/{self.dataset.kind}")
 
     @property
     def prompt_names(self) -> tuple[str, ...]:

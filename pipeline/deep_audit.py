@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from itertools import islice
-from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
@@ -27,6 +26,7 @@ from pipeline.errors import RowFault, RunFailed
 from pipeline.plan import Plan, read_inputs
 from pipeline.prompt.image import image_bytes
 from pipeline.records import ImageRef, Row, Shard
+from pipeline.write.file import Place, open_read
 from pipeline.write.shard import write_content
 
 _NUM_THREADS = 16  # they wait for storage
@@ -45,7 +45,7 @@ class DeepAudit:
         UsageError: the reader of the source needs a package that is not installed.
     """
 
-    def __init__(self, output_dir: Path, plan: Plan, prefix: str, root: str | None) -> None:
+    def __init__(self, output_dir: Place, plan: Plan, prefix: str, root: str | None) -> None:
         self._inputs = read_inputs(output_dir, plan)
         if root is not None:
             self._inputs = replace(self._inputs, root=root)
@@ -71,7 +71,7 @@ class DeepAudit:
             if now != sha256:
                 yield f"{name} was edited since it was planned; restore it, or choose another output_dir"
 
-    def shard(self, path: Path, shard: Shard, table: pa.Table) -> Iterator[str]:
+    def shard(self, path: Place, shard: Shard, table: pa.Table) -> Iterator[str]:
         """Problems of a shard whose rows were read, page checksums verified."""
         try:
             is_whole = _footer_is_whole(path, table)
@@ -120,18 +120,20 @@ def _digest(handle: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _footer_is_whole(path: Path, table: pa.Table) -> bool | None:
+def _footer_is_whole(path: Place, table: pa.Table) -> bool | None:
     """Whether a file ends as one that is written anew of its rows; None where another pyarrow wrote it.
 
     The statistics in a damaged footer are not looked at one by one: pyarrow ends the process at some of them.
     """
-    found, sink = pq.read_metadata(path), BytesIO()
+    with open_read(path) as file:
+        found = pq.read_metadata(file)
+    sink = BytesIO()
     codec = found.row_group(0).column(0).compression if found.num_row_groups else "NONE"
     write_content(table, sink, codec.replace("UNCOMPRESSED", "NONE"))
     again = pq.read_metadata(sink)
     if again.created_by != found.created_by:
         return None if _WRITER.fullmatch(found.created_by) else False
-    with open(path, "rb") as file:
+    with open_read(path) as file:
         return _footer(file, found) == _footer(sink, again)
 
 

@@ -16,6 +16,8 @@ def log_to_stderr(*, level: int = logging.INFO, prefix: str = "") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Shown(prefix + "%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    for library in ("aiobotocore", "botocore"):  # which tell where they found credentials
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 class _Shown(logging.Formatter):

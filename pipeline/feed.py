@@ -14,13 +14,15 @@ from pipeline.plan import Plan
 from pipeline.preparation import Task
 from pipeline.records import Fault, RecordKey, Row, Shard, Stage
 from pipeline.redaction import without_credentials
-from pipeline.write.claim import Claims
+from pipeline.write.claim import HELP, Claims
 from pipeline.write.goal import Goal
 from pipeline.write.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
+_PATIENCE_SECONDS = 5.0  # with those who have the last shards: what they are about to finish is not done twice
+_ROWS_AT_ONCE = 64  # of a shard that is read from its end
 _ENDED = Fault(Stage.GENERATE, "ProcessEnded", "the whole process ended whenever it was at this row, twice at it alone")
 
 
@@ -38,7 +40,7 @@ class Feed:
     ) -> None:
         self._plan, self._dataset, self._goal, self._ledger, self._claims = plan, dataset, goal, ledger, claims
         self._image_column = image_column
-        self._in_work: list[Shard] = []
+        self._in_work: dict[str, Shard] = {}  # by the name of the claim
         self._apart: list[
             tuple[Shard, Sequence[int], frozenset[RecordKey]]
         ] = []  # rows, of which those keys are missing
@@ -49,6 +51,7 @@ class Feed:
         A stream has to be drained before the next one: while rows of our own are on their way, waiting for another
         worker could mean that both wait for each other.
         """
+        idle_since: float | None = None
         while shards:
             postponed: list[Shard] = []
             yield self._tasks(shards, postponed)
@@ -56,7 +59,14 @@ class Feed:
                 self._ledger.sync()  # should the process die now, these rows alone are under way
                 yield self._group(*self._apart.pop())
             left = self.unfinished(postponed)
-            if len(left) == len(shards):
+            if len(left) < len(shards):
+                idle_since = None
+            elif idle_since is None:
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since >= _PATIENCE_SECONDS and (shard := self._helped(left)):
+                yield self._help(shard)
+                left = self.unfinished(left)
+            else:
                 time.sleep(_POLL_SECONDS)
             shards = left
 
@@ -67,10 +77,9 @@ class Feed:
     def _tasks(self, shards: Sequence[Shard], postponed: list[Shard]) -> Iterator[Task]:
         for shard in shards:
             self._release_published()
-            if not self._take(shard):
+            if not self._take(shard, shard.name):
                 postponed.append(shard)
                 continue
-            self._in_work.append(shard)
             missing = self._ledger.open(shard)
             if not self._ledger.is_open(shard):
                 continue  # the journals held all of it, or another worker published it before our claim
@@ -86,13 +95,33 @@ class Feed:
                     guilty = row.index in suspects.culprits
                     yield from self._task(replace(row, fault=_ENDED) if guilty else row, shard, missing)
 
+    def _helped(self, shards: Sequence[Shard]) -> Shard | None:
+        """One of the shards, with which nobody else helps yet; none of those at which a process has died."""
+        for shard in shards:
+            if self._ledger.num_attempts(shard) <= 1 and self._take(shard, shard.name + HELP):
+                return shard
+        return None
+
+    def _help(self, shard: Shard) -> Iterator[Task]:
+        """What lacks of a shard that another worker has, from the end: that worker comes from the beginning."""
+        log.info("%s: helping the worker that has it", shard.name)
+        missing = self._ledger.open(shard, has_company=True)
+        for start in reversed(range(shard.start, shard.stop, _ROWS_AT_ONCE)):
+            rows = self._dataset.rows(start, min(start + _ROWS_AT_ONCE, shard.stop))
+            for row in reversed(list(rows)):
+                yield from self._task(row, shard, missing)
+            if not self._ledger.is_open(shard):
+                break
+        self._release_published()
+
     def _group(self, shard: Shard, indices: Sequence[int], missing: frozenset[RecordKey]) -> Iterator[Task]:
         for index in indices:
             for row in self._dataset.rows(index, index + 1):
                 yield from self._task(row, shard, missing)
 
     def _task(self, row: Row, shard: Shard, missing: frozenset[RecordKey]) -> Iterator[Task]:
-        if keys := tuple(key for key in self._keys(row.index) if key in missing):
+        keys = tuple(key for key in self._keys(row.index) if key in missing)
+        if keys := self._ledger.lacking(shard, keys):
             self._ledger.expect(self._kept(row), keys, shard)
             yield Task(row, keys)
 
@@ -108,15 +137,18 @@ class Feed:
         images = [{"bytes": None, "path": ref.path and without_credentials(ref.path)} for ref in row.images]
         return replace(row, columns={**row.columns, self._image_column: images})
 
-    def _take(self, shard: Shard) -> bool:
+    def _take(self, shard: Shard, name: str) -> bool:
         try:
-            return self._claims.take(shard.name)
+            if self._claims.take(name):
+                self._in_work[name] = shard
+                return True
         except OSError as problem:
             raise RunFailed(
                 f"{shard.name} cannot be claimed: {problem}. Restore the folder and run again."
             ) from problem
+        return False
 
     def _release_published(self) -> None:
-        for shard in [shard for shard in self._in_work if not self._ledger.is_open(shard)]:
-            self._in_work.remove(shard)
-            self._claims.release(shard.name)
+        for name in [name for name, shard in self._in_work.items() if not self._ledger.is_open(shard)]:
+            del self._in_work[name]
+            self._claims.release(name)

@@ -19,7 +19,7 @@ class Intake(Iterator[EncodedSample]):
         results: of the worker processes.
         record: takes the answers among them.
         is_ready: whether a result can be had without waiting.
-        taken: hears of each sample before the engine has it.
+        taken: hears of each sample before the engine has it; False where it is not to be asked any more.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Intake(Iterator[EncodedSample]):
         results: Iterator[list[EncodedSample | Answer] | Lost[Task]],
         record: Callable[[Answer], None],
         is_ready: Callable[[], bool] = lambda: True,
-        taken: Callable[[RecordKey], None] = lambda _: None,
+        taken: Callable[[RecordKey], bool] = lambda _: True,
     ) -> None:
         self._results, self._record, self._is_ready, self._taken = results, record, is_ready, taken
         self._samples: deque[EncodedSample] = deque()
@@ -38,17 +38,22 @@ class Intake(Iterator[EncodedSample]):
         return bool(self._samples) or self._is_ready()
 
     def __next__(self) -> EncodedSample:
-        while not self._samples:
-            result = next(self._results)
-            if isinstance(result, Lost):
-                result = errors(result.task, RowFault(Stage.DECODE, result.kind, f"the row {result.reason}"))
-            for item in result:
-                if isinstance(item, Answer):
-                    self._record(item)
-                else:
-                    self._samples.append(item)
-        self._taken(self._samples[0].key)
-        return self._samples.popleft()
+        while True:
+            while not self._samples:
+                self._fetch()
+            sample = self._samples.popleft()
+            if self._taken(sample.key):
+                return sample
+
+    def _fetch(self) -> None:
+        result = next(self._results)
+        if isinstance(result, Lost):
+            result = errors(result.task, RowFault(Stage.DECODE, result.kind, f"the row {result.reason}"))
+        for item in result:
+            if isinstance(item, Answer):
+                self._record(item)
+            else:
+                self._samples.append(item)
 
     def first(self, num_samples: int) -> list[EncodedSample]:
         """The next samples, which stay where they are."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import RunFailed
-from pipeline.write.file import create_file
+from pipeline.write.file import Place, create_file
 
 Read = TypeVar("Read")
 
@@ -23,7 +22,7 @@ Read = TypeVar("Read")
 class KernelChoices:
     """Of the run in a folder (pipeline.vlm.base.Settle). Of two starts that choose at once, one is obeyed by both."""
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(self, output_dir: Place) -> None:
         self._folder, self._work_dir = output_dir / "plan", output_dir / "work"
 
     def __call__(self, name: str, choose: Callable[[], str], read: Callable[[str], Read]) -> Read:

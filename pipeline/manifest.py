@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 from pipeline.errors import RunFailed
 from pipeline.status import Status
 from pipeline.write.crash_point import crash_point
-from pipeline.write.file import replace_file
+from pipeline.write.file import Place, replace_file
 from pipeline.write.retry import strays
 
 
-def write_manifest(output_dir: Path, status: Status) -> bool:
+def write_manifest(output_dir: Place, status: Status) -> bool:
     """Write the manifest and clear away work/ once every shard is published; False while some are not.
 
     Raises:
@@ -57,5 +56,5 @@ def write_manifest(output_dir: Path, status: Status) -> bool:
     return True
 
 
-def _holds(path: Path, content: bytes) -> bool:
+def _holds(path: Place, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() == content

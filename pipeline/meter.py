@@ -15,13 +15,14 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from pipeline.tally import Tally
-from pipeline.worker_stats import HEARTBEAT_SECONDS, WorkerStats, is_running, read_worker_stats
+from pipeline.worker_stats import WorkerStats, heartbeat_seconds, is_running, read_worker_stats
+from pipeline.write.file import Place
+from pipeline.write.object_store import ObjectPath
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,12 @@ class Meter:
     load, or to answer, does not pass for dead.
     """
 
-    def __init__(self, tally: Tally, stats_dir: Path, *, rank: int, plan_id: str, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, tally: Tally, stats_dir: Place, *, rank: int, plan_id: str, stream: TextIO | None = None
+    ) -> None:
         self._tally, self._rank, self._plan_id = tally, rank, plan_id
         self._path = stats_dir / f"worker-{rank}-{uuid.uuid4().hex[:8]}.json"
+        self._heartbeat_seconds = heartbeat_seconds(stats_dir)
         self._others = _Others(self._path, plan_id)
         self._num_done_before = tally.num_done
         self._stream = stream or sys.stderr
@@ -112,7 +116,7 @@ class Meter:
         if self._bar is not None:
             self._bar.update(self._num_done - self._bar.n)
         now = time.monotonic()
-        if now - self._last_look >= HEARTBEAT_SECONDS:
+        if now - self._last_look >= self._heartbeat_seconds:
             self._last_look = now
             self._others.look()
             self._postfix()
@@ -131,6 +135,7 @@ class Meter:
             "pid": os.getpid(),
             "started": self._started_at,
             "updated": time.time(),
+            "heartbeat_seconds": self._heartbeat_seconds,
             "seconds": round(self.seconds, 3),
             "loading_seconds": round(self.loading_seconds, 3),
             "waiting_for_input_seconds": round(self.waiting_for_input_seconds, 3),
@@ -142,10 +147,14 @@ class Meter:
             "tokens_per_second": round(self.tokens_per_second, 3),
             "error_examples": tally.examples,
         }
-        beside = self._path.with_suffix(".tmp")
+        text = json.dumps(content | dict(more), indent=1)
         try:
-            beside.write_text(json.dumps(content | dict(more), indent=1))
-            os.replace(beside, self._path)
+            if isinstance(self._path, ObjectPath):
+                self._path.replace(text.encode())
+            else:
+                beside = self._path.with_suffix(".tmp")
+                beside.write_text(text)
+                os.replace(beside, self._path)
         except OSError as problem:  # a full disk ends the run where an answer cannot be kept, not where a figure cannot
             log.warning("%s could not be written: %s", self._path, problem)
 
@@ -161,7 +170,7 @@ class Meter:
             self._bar = None
 
     def _beat(self) -> None:
-        while not self._closing.wait(HEARTBEAT_SECONDS):
+        while not self._closing.wait(self._heartbeat_seconds):
             self.write(self._state, {})
 
     @property
@@ -189,7 +198,7 @@ class Meter:
 class _Others:
     """The other workers of a run, as their heartbeats say; what they did before this one began does not count."""
 
-    def __init__(self, own_path: Path, plan_id: str) -> None:
+    def __init__(self, own_path: Place, plan_id: str) -> None:
         self._own_path, self._plan_id = own_path, plan_id
         self.num_answered = self.num_errors = self.num_running = 0
         self.rows_per_second = self.tokens_per_second = 0.0

@@ -12,10 +12,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import RunFailed
+from pipeline.errors import RunFailed, UsageError
 from pipeline.write.crash_point import crash_point
-from pipeline.write.file import alone, sync_directory
+from pipeline.write.file import Place, alone, sync_directory
 from pipeline.write.goal import PLAN_FILE, plan_id_of
+from pipeline.write.object_store import ObjectPath
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,18 @@ _NAMES = (PLAN_FILE, "work", "data", "plan", "manifest.json", "stats", "report.h
 _UNFINISHED = "moving"  # a file in old/PLAN_ID until all has arrived there
 
 
-def move_aside(output_dir: Path, plan_id: str) -> Path:
+def move_aside(output_dir: Place, plan_id: str) -> Path:
     """Move the run with this plan into old/PLAN_ID; nothing is done if another start was quicker.
 
     Raises:
+        UsageError: it lies in an object store, where nothing can be moved in one step.
         RunFailed: it cannot be moved.
     """
+    if isinstance(output_dir, ObjectPath):
+        raise UsageError(
+            f"resume=overwrite: objects cannot be moved aside, and none is deleted. Choose another output_dir, or "
+            f"remove {output_dir} yourself."
+        )
     aside = output_dir / OLD_FOLDER / plan_id
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -45,12 +52,14 @@ def move_aside(output_dir: Path, plan_id: str) -> Path:
     return aside
 
 
-def finish_moving(output_dir: Path) -> None:
+def finish_moving(output_dir: Place) -> None:
     """Move what an earlier start left behind when it was killed.
 
     Raises:
         RunFailed: it cannot be moved.
     """
+    if isinstance(output_dir, ObjectPath):
+        return
     try:
         for marker in sorted((output_dir / OLD_FOLDER).glob(f"*/{_UNFINISHED}")):
             with alone(output_dir / OLD_FOLDER / ".lock"):

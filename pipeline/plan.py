@@ -17,7 +17,6 @@ import logging
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +26,7 @@ from pipeline.dataset.base import Inputs
 from pipeline.errors import RunFailed, UsageError
 from pipeline.records import Shard
 from pipeline.redaction import with_credentials
+from pipeline.write.file import Place, open_read
 from pipeline.write.goal import PLAN_FILE
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def source_identity(inputs: Inputs, max_rows: int | None) -> dict[str, Any]:
     }
 
 
-def read_plan(output_dir: Path) -> Plan | None:
+def read_plan(output_dir: Place) -> Plan | None:
     """The plan of an output folder; None where there is none.
 
     Raises:
@@ -128,7 +128,7 @@ def read_plan(output_dir: Path) -> Plan | None:
         ) from None
 
 
-def plan_of_run(output_dir: Path) -> Plan:
+def plan_of_run(output_dir: Place) -> Plan:
     """The plan of a folder that has to hold a run.
 
     Raises:
@@ -140,7 +140,7 @@ def plan_of_run(output_dir: Path) -> Plan:
     return plan
 
 
-def read_inputs(output_dir: Path, plan: Plan, address: str = "") -> Inputs:
+def read_inputs(output_dir: Place, plan: Plan, address: str = "") -> Inputs:
     """The source as the plan recorded it.
 
     address: of the source as it is given now: its user and password, which the plan has not.
@@ -154,7 +154,8 @@ def read_inputs(output_dir: Path, plan: Plan, address: str = "") -> Inputs:
             f"{path} is missing or does not belong to {output_dir / PLAN_FILE}. "
             "Restore it, or choose another output_dir."
         )
-    files = pq.read_table(path)
+    with open_read(path) as file:
+        files = pq.read_table(file)
     header = json.loads(files.schema.metadata[b"vlm_batch_inputs"])
     columns = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(header["columns"])))
     root = with_credentials(plan.root, address)
@@ -183,6 +184,5 @@ def changed_versions(plan: Plan) -> dict[str, str]:
     return changed
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Place) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

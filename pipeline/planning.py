@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -40,8 +39,17 @@ from pipeline.plan import (
 )
 from pipeline.redaction import without_credentials
 from pipeline.write.crash_point import crash_point
-from pipeline.write.file import alone, create_file, prove_writable, replace_file
+from pipeline.write.file import (
+    Place,
+    alone,
+    create_file,
+    exchange_file,
+    prove_writable,
+    replace_file,
+    version_of,
+)
 from pipeline.write.goal import PLAN_FILE
+from pipeline.write.object_store import ObjectPath
 from pipeline.write.schema import SCHEMA_VERSION
 from pipeline.write.shard import published_shards, shard_files
 
@@ -57,7 +65,7 @@ class Resume(StrEnum):
 
 
 def open_plan(
-    output_dir: Path,
+    output_dir: Place,
     settings: Settings,
     *,
     scan: Callable[[], Inputs],
@@ -142,7 +150,7 @@ def open_plan(
 
 
 def refuse_changes(
-    output_dir: Path, plan: Plan, settings: Settings, scan: Callable[[], Inputs], max_rows: int | None
+    output_dir: Place, plan: Plan, settings: Settings, scan: Callable[[], Inputs], max_rows: int | None
 ) -> Inputs | None:
     """Compare the settings of a start with the plan's.
 
@@ -178,7 +186,7 @@ def refuse_changes(
 
 
 def _extended(
-    output_dir: Path, plan: Plan, settings: Settings, scan: Callable[[], Inputs], max_rows: int | None
+    output_dir: Place, plan: Plan, settings: Settings, scan: Callable[[], Inputs], max_rows: int | None
 ) -> Plan:
     """The plan with what was added to the source behind what it has; the same plan where that is nothing.
 
@@ -191,6 +199,7 @@ def _extended(
         return plan  # refused by the comparison that follows
     found = scan()
     with alone(output_dir / "plan" / ".lock"):  # of several starts one extends, and the others obey
+        version = version_of(output_dir / PLAN_FILE)
         plan = read_plan(output_dir) or plan
         inputs = extended_inputs(read_inputs(output_dir, plan), found, bool(settings.get("dataset.id_column")))
         identity = source_identity(inputs, max_rows)
@@ -211,7 +220,8 @@ def _extended(
         make_folders(output_dir)
         replace_file(output_dir / plan.inputs_file, content, beside=output_dir / "work")
         crash_point("inputs_extended")
-        replace_file(output_dir / PLAN_FILE, _plan_content(plan), beside=output_dir / "work")
+        if not exchange_file(output_dir / PLAN_FILE, _plan_content(plan), version, beside=output_dir / "work"):
+            return read_plan(output_dir) or plan  # another start was quicker where there are no locks
     return plan
 
 
@@ -219,12 +229,14 @@ def _plan_content(plan: Plan) -> bytes:
     return json.dumps(asdict(plan) | {"root": without_credentials(plan.root)}, indent=1).encode()
 
 
-def make_folders(output_dir: Path) -> None:
+def make_folders(output_dir: Place) -> None:
     """Make the output folder and prove that it can be written, before any model loads.
 
     Raises:
         RunFailed: it cannot be made or written.
     """
+    if isinstance(output_dir, ObjectPath):
+        return  # no folders there; that objects can be put was shown when the plan was
     try:
         for name in ("plan", "data", "work", "stats"):
             (output_dir / name).mkdir(parents=True, exist_ok=True)
@@ -233,7 +245,7 @@ def make_folders(output_dir: Path) -> None:
         raise _unwritable(output_dir, problem) from problem
 
 
-def _has_answers(output_dir: Path) -> bool:
+def _has_answers(output_dir: Place) -> bool:
     journals = (path for path in (output_dir / "work").glob("*.journal") if path.stat().st_size)
     return next(shard_files(output_dir / "data"), None) is not None or next(journals, None) is not None
 
@@ -248,7 +260,7 @@ def _inputs_content(inputs: Inputs) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _place_inputs(output_dir: Path, plan: Plan, content: bytes) -> None:
+def _place_inputs(output_dir: Place, plan: Plan, content: bytes) -> None:
     """Put plan/inputs.parquet in its place, if it is not there and is the one that the plan names."""
     path = output_dir / plan.inputs_file
     if path.exists() or hashlib.sha256(content).hexdigest() != plan.inputs_sha256:
@@ -260,14 +272,14 @@ def _place_inputs(output_dir: Path, plan: Plan, content: bytes) -> None:
         raise _unwritable(output_dir, problem) from problem
 
 
-def _source_is_gone(output_dir: Path, plan: Plan) -> bool:
+def _source_is_gone(output_dir: Place, plan: Plan) -> bool:
     """Whether rows are still to be read from a folder that is not there any more, relative paths and moves included."""
     if "://" in plan.root or os.path.exists(plan.root):
         return False
     return len(published_shards(output_dir / "data", plan.plan_id)) < plan.num_shards
 
 
-def _unwritable(output_dir: Path, problem: OSError) -> RunFailed:
+def _unwritable(output_dir: Place, problem: OSError) -> RunFailed:
     return RunFailed(f"output_dir {output_dir} cannot be written: {problem}. Choose a writable folder, or make room.")
 
 

@@ -7,12 +7,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.meter import duration
 from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run
 from pipeline.worker_stats import WorkerStats, is_running, read_worker_stats
+from pipeline.write.file import Place
 from pipeline.write.journal import count_journal_rows
 from pipeline.write.schema import ShardSummary
 from pipeline.write.shard import published_shards
@@ -67,7 +67,7 @@ class Status:
         return [worker for worker in self.workers if is_running(worker)]
 
 
-def read_status(output_dir: Path) -> Status:
+def read_status(output_dir: Place) -> Status:
     """The status of a run.
 
     Raises:
@@ -84,7 +84,7 @@ def read_status(output_dir: Path) -> Status:
     )
 
 
-def status_lines(output_dir: Path, status: Status) -> Iterator[str]:
+def status_lines(output_dir: Place, status: Status) -> Iterator[str]:
     """The status as people read it."""
     plan, errors = status.plan, status.errors
     share = status.num_done / plan.num_records if plan.num_records else 1.0
@@ -144,7 +144,7 @@ def phases(workers: Sequence[WorkerStats]) -> dict[str, float]:
     return shares | {"other": max(0.0, 1 - sum(shares.values()))}
 
 
-def _journalled(output_dir: Path, plan: Plan, done: Collection[int]) -> Iterator[int]:
+def _journalled(output_dir: Place, plan: Plan, done: Collection[int]) -> Iterator[int]:
     """Records of each journal whose shard is not published: what a killed worker left beside a shard counts once."""
     names = {plan.shard(number).name for number in done}
     for path in (output_dir / "work").glob("part-*.journal"):

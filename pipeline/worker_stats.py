@@ -6,19 +6,25 @@ import json
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.write.claim import is_alive
+from pipeline.write.file import Place
+from pipeline.write.object_store import ObjectPath
 
 HEARTBEAT_SECONDS = 5.0
-# A worker that has not been heard of for this long is taken for dead.
-_SILENCE_SECONDS = 6 * HEARTBEAT_SECONDS
+_HEARTBEAT_SECONDS_OF_OBJECTS = 30.0  # each one is a request
+_NUM_MISSED = 6  # heartbeats after which a worker is taken for dead
 
 WorkerStats = Mapping[str, Any]
 
 
-def read_worker_stats(stats_dir: Path, plan_id: str) -> Iterator[WorkerStats]:
+def heartbeat_seconds(stats_dir: Place) -> float:
+    """How often a worker is to be heard of there."""
+    return _HEARTBEAT_SECONDS_OF_OBJECTS if isinstance(stats_dir, ObjectPath) else HEARTBEAT_SECONDS
+
+
+def read_worker_stats(stats_dir: Place, plan_id: str) -> Iterator[WorkerStats]:
     """Of all workers of a plan, dead or alive, in no order; `name` is of this start of a worker alone."""
     for path in stats_dir.glob("worker-*.json"):
         try:
@@ -33,6 +39,6 @@ def is_running(worker: WorkerStats) -> bool:
     """Whether it is at work now, as far as is known."""
     return (
         worker["state"] in ("loading", "running")
-        and time.time() - worker["updated"] < _SILENCE_SECONDS
+        and time.time() - worker["updated"] < _NUM_MISSED * worker.get("heartbeat_seconds", HEARTBEAT_SECONDS)
         and (worker["host"] != socket.gethostname() or is_alive(worker["pid"]))
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline import meter as meter_module
+from pipeline import worker_stats
 from pipeline.meter import Meter
 from pipeline.records import Answer, Fault, RecordKey, Stage
 from pipeline.tally import Tally
@@ -33,7 +34,7 @@ def heartbeats(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter_module, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(worker_stats, "HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(meter_module, "_LINE_SECONDS", 0.0)
 
 

@@ -7,6 +7,7 @@ started again, so that it takes part in what is left.
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from pipeline.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_SECONDS = 5.0  # with workers that are at something when another one has returned
 _MAX_RESTARTS = 16  # of each rank: enough to find some rows that end processes (pipeline/write/suspects.py)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _OWN_ENDINGS = {0, RunFailed.exit_code, UsageError.exit_code, Interrupted.exit_code}
@@ -45,6 +47,7 @@ class Crew:
         self._processes: dict[int, SpawnProcess] = {}  # of each rank that has not ended
         self._exit_codes: dict[int, int] = {}  # of each that has
         self._num_restarts: Counter[int] = Counter()
+        self._dismissed: set[int] = set()  # ranks that were asked to stop because all rows are there
         self._stopping = False
         self._num_interrupts = 0
 
@@ -58,8 +61,14 @@ class Crew:
         with self._listening():
             for rank in range(self._num_workers):
                 self._start(rank)
+            done_since: float | None = None
             while self._processes:
                 wait([process.sentinel for process in self._processes.values()], timeout=_WATCH_SECONDS)
+                if done_since is None and 0 in self._exit_codes.values():
+                    done_since = time.monotonic()
+                if done_since is not None and time.monotonic() - done_since > _PATIENCE_SECONDS:
+                    done_since = math.inf
+                    self._dismiss()
                 for rank, process in list(self._processes.items()):
                     if process.exitcode is not None:
                         del self._processes[rank]
@@ -96,11 +105,19 @@ class Crew:
             )
             self._start(rank)
 
+    def _dismiss(self) -> None:
+        """All rows are there: nobody needs what a slow worker is still at."""
+        self._dismissed = set(self._processes)
+        for process in self._processes.values():
+            process.terminate()
+
     def _conclude(self) -> None:
         codes = dict(sorted(self._exit_codes.items()))
         failed = {rank: code for rank, code in codes.items() if code}
         if len(failed) < len(codes):
             for rank, code in failed.items():
+                if rank in self._dismissed:
+                    continue
                 log.warning("worker %d %s; what it left was done by others", rank, _how(code))
             return
         if self._stopping or set(codes.values()) == {Interrupted.exit_code}:

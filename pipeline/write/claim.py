@@ -1,8 +1,12 @@
 """Claims: who is at which shard now, so that two workers do not do the same work. Advisory: nothing relies on them.
 
-A claim is a file `work/part-00042.claim` that names its owner. The owner touches it every now and then; one that was
-not touched for the length of a lease, or whose process on this host is gone, may be taken over. Two workers that take a
-claim over at the same moment both do the shard, and its exclusive publication keeps one result.
+A claim is a file `work/part-00042.claim` that names its owner. The owner touches it every now and then (on an object
+store it is put again); one that was not touched for the length of a lease, or whose process on this host is gone, may
+be taken over. Two workers that take a claim over at the same moment both do the shard, and its exclusive publication
+keeps one result.
+
+Whoever has nothing else left helps with a shard that somebody has, under a claim `part-00042.help.claim`, so that one
+helps and the owner looks what the helper has.
 
 A shard that somebody else has is left for later: never wait for it while rows of one's own are on their way, or two
 workers wait for each other.
@@ -14,14 +18,17 @@ import json
 import os
 import socket
 import threading
-import uuid
+import time
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 from pipeline.write.crash_point import crash_point
+from pipeline.write.file import Place, create_file, replace_file, time_there
+from pipeline.write.object_store import ObjectPath
 
+HELP = ".help"  # behind the name of a shard: the claim of a worker that helps with what another one has
 LEASE_SECONDS = 60.0
+_LEASE_SECONDS_OF_OBJECTS = 300.0  # each heartbeat is two requests there
 _TRIES = 20  # to take a claim while one after the other clears work/ away
 _MOST_BYTES = 4096  # of a claim
 
@@ -40,11 +47,15 @@ class Claims:
 
     Args:
         owner: unique to this start of this worker, as the attempt of a journal is.
-        lease_seconds: how long a claim holds without a heartbeat.
+        lease_seconds: how long a claim holds without a heartbeat; None = what suits the place.
     """
 
-    def __init__(self, work_dir: Path, owner: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
-        self._work_dir, self._lease_seconds = work_dir, lease_seconds
+    def __init__(self, work_dir: Place, owner: str, *, lease_seconds: float | None = None) -> None:
+        self._work_dir = work_dir
+        usual = _LEASE_SECONDS_OF_OBJECTS if isinstance(work_dir, ObjectPath) else LEASE_SECONDS
+        self._lease_seconds = usual if lease_seconds is None else lease_seconds
+        self._store_ahead_seconds: float | None = None  # of our monotonic clock, once it is known
+        self._num_beats = 0
         self._own = Claim(owner, _host(), os.getpid())
         self._held: set[str] = set()
         self._lock = threading.Lock()
@@ -80,19 +91,15 @@ class Claims:
 
     def _take(self, shard_name: str) -> bool:
         path = self._path(shard_name)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        content = json.dumps({"owner": self._own.owner, "host": self._own.host, "pid": self._own.pid})
         self._work_dir.mkdir(exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        try:
-            try:
-                os.link(temporary, path)
-            except OSError:  # somebody has it, or there are no hard links here
-                if path.exists() and not self._may_take_over(path, now=temporary.stat().st_mtime):
-                    return False
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if not create_file(path, self._content(), beside=self._work_dir, durable=False):
+            version = path.version() if isinstance(path, ObjectPath) else None
+            if not self._may_take_over(path):
+                return False
+            if not isinstance(path, ObjectPath):
+                replace_file(path, self._content(), beside=self._work_dir, durable=False)
+            elif not path.exchange(self._content(), version):
+                return False
         taken = _read(path) == self._own  # of two that take over, the last one has it
         if taken:
             self._held.add(shard_name)
@@ -114,6 +121,10 @@ class Claims:
                 if _read(path) != self._own:
                     self._held.discard(shard_name)
                     continue
+                if isinstance(path, ObjectPath):
+                    self._num_beats += 1
+                    path.replace(self._content())
+                    continue
                 with suppress(FileNotFoundError):
                     os.utime(path)  # the file system's clock, which all workers share
 
@@ -122,10 +133,22 @@ class Claims:
         for shard_name in list(self._held):
             self.release(shard_name)
 
-    def _path(self, shard_name: str) -> Path:
+    def _path(self, shard_name: str) -> Place:
         return self._work_dir / f"{shard_name}.claim"
 
-    def _may_take_over(self, path: Path, now: float) -> bool:
+    def _content(self) -> bytes:
+        """What a claim of ours says; another version of an object after each heartbeat."""
+        return json.dumps(asdict(self._own) | {"beats": self._num_beats}).encode()
+
+    def _now(self) -> float:
+        """By the clock that dates claims: that of a file system may be set at any time, that of a store is not."""
+        if not isinstance(self._work_dir, ObjectPath):
+            return time_there(self._work_dir)
+        if self._store_ahead_seconds is None:
+            self._store_ahead_seconds = time_there(self._work_dir) - time.monotonic()
+        return time.monotonic() + self._store_ahead_seconds
+
+    def _may_take_over(self, path: Place) -> bool:
         claim = _read(path)
         if claim == self._own:
             return True
@@ -133,22 +156,33 @@ class Claims:
             return True
         try:
             # A date in the future is as stale as one in the past: a live owner would have touched it since.
-            return abs(now - path.stat().st_mtime) >= self._lease_seconds
+            return abs(self._now() - path.stat().st_mtime) >= self._lease_seconds
         except FileNotFoundError:  # just released
             return True
 
 
-def _read(path: Path) -> Claim:
+def claim_of(work_dir: Place, name: str) -> Claim:
+    """Who has a shard, or helps with it, now; empty where nobody has."""
+    return _read(work_dir / f"{name}.claim")
+
+
+def _read(path: Place) -> Claim:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would never answer
-        try:
-            content = json.loads(os.read(descriptor, _MOST_BYTES))
-        finally:
-            os.close(descriptor)
+        content = json.loads(_read_bytes(path))
         return Claim(str(content["owner"]), str(content["host"]), int(content["pid"]))
     # Gone, torn, or not ours, with whatever is in it: the lease decides.
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return Claim()
+
+
+def _read_bytes(path: Place) -> bytes:
+    if isinstance(path, ObjectPath):
+        return path.read_bytes()[:_MOST_BYTES]
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would never answer
+    try:
+        return os.read(descriptor, _MOST_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _host() -> str:

@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import RunFailed
 from pipeline.records import RecordKey, Shard
+from pipeline.write.file import Place
 from pipeline.write.schema import OutputSchema, ShardSummary
 from pipeline.write.shard import publish_shard, summary_of_plan
 
@@ -35,7 +35,7 @@ class Wanted:
 PLAN_FILE = "plan.json"
 
 
-def plan_id_of(output_dir: Path) -> str | None:
+def plan_id_of(output_dir: Place) -> str | None:
     """The id of the plan that the folder has now; None where there is none."""
     try:
         found = json.loads((output_dir / PLAN_FILE).read_text(encoding="utf-8"))["plan_id"]
@@ -57,7 +57,7 @@ class Goal(Protocol):
         ...
 
     def publish(
-        self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Path
+        self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Place
     ) -> bool:
         """Give the shard its answers, in the columns of a journal; False if another worker was quicker.
 
@@ -76,7 +76,7 @@ class FirstAnswers:
 
     def __init__(
         self,
-        output_dir: Path,
+        output_dir: Place,
         schema: OutputSchema,
         *,
         plan_id: str,
@@ -104,7 +104,7 @@ class FirstAnswers:
         return summary_of_plan(self.final(shard), self.plan_id)
 
     def publish(
-        self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Path
+        self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Place
     ) -> bool:
         table = in_input_order(self.schema.publish(journal, self.constants), self.schema, self.prompt_names)
         return publish_shard(
@@ -128,7 +128,7 @@ class FirstAnswers:
                 "answers of this worker belong to the old one and are not published."
             )
 
-    def final(self, shard: Shard) -> Path:
+    def final(self, shard: Shard) -> Place:
         """Where the shard's file is, or will be."""
         return self.data_dir / f"{shard.name}.parquet"
 

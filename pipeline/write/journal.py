@@ -8,6 +8,8 @@ The first payload is a JSON header (JournalHeader), each later one an Arrow IPC 
 behind the first frame that is short, empty or fails its checksum is ignored: it is the tail of a process that was
 killed, or the zeros of a machine that lost power. Nobody appends to a file whose end may be torn: what is written
 behind a torn frame would be lost with it.
+
+An object store appends nothing: there each append is a journal of its own, `work/part-00042.<attempt>-K.journal`.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 
 from pipeline.write.crash_point import crash_point, crashing_file
-from pipeline.write.file import sync_directory
+from pipeline.write.file import Place, open_read, sync_directory
+from pipeline.write.object_store import ObjectPath
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +45,47 @@ class JournalHeader:
     generation: int  # of the shard's file that they will be in
 
 
+class Appendable(Protocol):
+    """An open journal of this attempt."""
+
+    def append(self, rows: pa.RecordBatch) -> None:
+        """Write the answers and have the disk, or the store, confirm them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def new_journal(path: Place, header: JournalHeader) -> Appendable:
+    """A journal for an attempt's answers.
+
+    Raises:
+        OSError: it cannot be written, or is there already.
+    """
+    return Segments(path, header) if isinstance(path, ObjectPath) else Journal(path, header)
+
+
+class Segments:
+    """A journal in an object store: an object for each append, none of which is ever changed."""
+
+    def __init__(self, path: ObjectPath, header: JournalHeader) -> None:
+        self._path, self._header, self._number = path, header, 0
+
+    def append(self, rows: pa.RecordBatch) -> None:
+        """See Appendable."""
+        path = self._path.with_name(f"{self._path.stem}-{self._number}.journal")
+        crash_point("journal_created")
+        if not path.create(_MAGIC + _frame(_header_payload(self._header)) + _frame(_payload(rows))):
+            raise FileExistsError(f"{path} is there already: two attempts have one name")
+        crash_point("journal_appended")
+        crash_point("journal_synced")
+        self._number += 1
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Journal:
-    """An open journal of this attempt. Not safe for two threads at once: the ledger holds a lock around it.
+    """An open journal of this attempt in a file. Not safe for two threads at once: the ledger holds a lock around it.
 
     After an OSError the file may end in half a frame: close it and go on in a new one.
     """
@@ -54,7 +97,7 @@ class Journal:
         file = open(path, "xb", buffering=0)  # noqa: SIM115 - held until close()
         self._file = crashing_file(file, "journal_bytes")
         try:
-            self._write(_MAGIC + _frame(json.dumps(asdict(header)).encode()))
+            self._write(_MAGIC + _frame(_header_payload(header)))
             sync_directory(path.parent)  # a file that the disk has is lost with a name that it has not
             crash_point("journal_created")
         except OSError:
@@ -62,11 +105,8 @@ class Journal:
             raise
 
     def append(self, rows: pa.RecordBatch) -> None:
-        """Write the answers and have the disk confirm them."""
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, rows.schema) as stream:
-            stream.write_batch(rows)
-        self._write(_frame(sink.getvalue().to_pybytes()))
+        """See Appendable."""
+        self._write(_frame(_payload(rows)))
         crash_point("journal_appended")
         os.fsync(self._file.fileno())
         crash_point("journal_synced")
@@ -80,7 +120,7 @@ class Journal:
         self._file.close()
 
 
-def read_journal(path: Path, header: JournalHeader, *, schema: pa.Schema) -> list[pa.RecordBatch]:
+def read_journal(path: Place, header: JournalHeader, *, schema: pa.Schema) -> list[pa.RecordBatch]:
     """The answers of a journal up to its first damaged frame; nothing if it is for something else."""
     batches: list[pa.RecordBatch] = []
     for number, payload in enumerate(_frames(path)):
@@ -95,7 +135,7 @@ def read_journal(path: Path, header: JournalHeader, *, schema: pa.Schema) -> lis
     return batches
 
 
-def count_journal_rows(path: Path, *, plan_id: str) -> int:
+def count_journal_rows(path: Place, *, plan_id: str) -> int:
     """Answers in a journal of this plan, for a status: whole frames only."""
     num_rows = 0
     for number, payload in enumerate(_frames(path)):
@@ -108,11 +148,22 @@ def count_journal_rows(path: Path, *, plan_id: str) -> int:
     return num_rows
 
 
+def _header_payload(header: JournalHeader) -> bytes:
+    return json.dumps(asdict(header)).encode()
+
+
+def _payload(rows: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_batch(rows)
+    return bytes(sink.getvalue().to_pybytes())
+
+
 def _frame(payload: bytes) -> bytes:
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def _frames(path: Path) -> Iterator[bytes]:
+def _frames(path: Place) -> Iterator[bytes]:
     try:
         yield from _whole_frames(path)
     except FileNotFoundError:  # published and removed by another worker meanwhile
@@ -121,13 +172,14 @@ def _frames(path: Path) -> Iterator[bytes]:
         log.warning("%s cannot be read: %s; answers that stand behind that place count as missing", path, problem)
 
 
-def _whole_frames(path: Path) -> Iterator[bytes]:
-    if not path.is_file():  # gone, or a FIFO, whose opening would wait for ever
+def _whole_frames(path: Place) -> Iterator[bytes]:
+    if isinstance(path, Path) and not path.is_file():  # gone, or a FIFO, whose opening would wait for ever
         return
-    with open(path, "rb") as file:
+    with open_read(path) as file:
+        left = file.seek(0, os.SEEK_END) - len(_MAGIC)
+        file.seek(0)
         if file.read(len(_MAGIC)) != _MAGIC:
             return
-        left = os.fstat(file.fileno()).st_size - len(_MAGIC)
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
             left -= _FRAME.size + length

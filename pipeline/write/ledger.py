@@ -7,6 +7,10 @@
 
 Journals are written by a thread of their own, so that a slow disk holds up the accelerator only when it fails.
 
+Two workers may be at one shard: towards the end of a run one that has nothing left to do helps another, from the
+shard's end (pipeline/feed.py). Each takes over what the other has in its journals, whenever it writes its own, so that
+they meet somewhere; whoever has all answers first publishes, and the other one drops the shard.
+
 Two locks: `_lock` guards what is in memory and is held for moments; `_disk` is held by whoever writes, so that a record
 can be put down while a journal waits for its disk. Who needs both takes `_disk` first.
 """
@@ -19,7 +23,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,12 +30,13 @@ import pyarrow as pa
 from pipeline.errors import RunFailed
 from pipeline.records import Answer, RecordKey, Row, Shard
 from pipeline.tally import Tally
+from pipeline.write.claim import HELP, Claim, claim_of
 from pipeline.write.columns import journal_batch
 from pipeline.write.crash_point import crash_point
-from pipeline.write.file import sync_directory
+from pipeline.write.file import Place, matching, sync_directory
 from pipeline.write.goal import Goal, Wanted
-from pipeline.write.journal import Journal, JournalHeader, read_journal
-from pipeline.write.schema import journal_row
+from pipeline.write.journal import Appendable, JournalHeader, new_journal, read_journal
+from pipeline.write.schema import ShardSummary, journal_row
 from pipeline.write.suspects import NOBODY, Suspects, Taken, read_suspects, taken_files
 
 log = logging.getLogger(__name__)
@@ -47,7 +51,11 @@ class _OpenShard:
     batches: list[pa.RecordBatch] = field(default_factory=list)  # on disk, in a journal
     pending: list[dict[str, Any]] = field(default_factory=list)  # not yet
     seen: set[RecordKey] = field(default_factory=set)
-    journal: Journal | None = None
+    by_others: set[RecordKey] = field(default_factory=set)  # of these, what was found in journals
+    errors: Counter[str] = field(default_factory=Counter)  # by "stage/type"
+    sizes_read: dict[str, int] = field(default_factory=dict)  # of journals, by name
+    has_company: bool = False  # another worker is at it, too
+    journal: Appendable | None = None
 
     def close_journal(self) -> None:
         if self.journal is not None:
@@ -74,7 +82,7 @@ class Ledger:
 
     def __init__(
         self,
-        output_dir: Path,
+        output_dir: Place,
         goal: Goal,
         *,
         attempt_id: str,
@@ -95,39 +103,41 @@ class Ledger:
         self._syncer = threading.Thread(target=self._sync_forever, args=(sync_seconds,), name="journal", daemon=True)
         self._syncer.start()
 
-    def open(self, shard: Shard) -> frozenset[RecordKey]:
+    def open(self, shard: Shard, *, has_company: bool = False) -> frozenset[RecordKey]:
         """Take a shard in work; the keys that still need an answer.
 
         The others stand in journals of earlier attempts, or another worker published the whole shard meanwhile. A shard
         whose last record stands in a journal is published here.
+
+        has_company: another worker is at it and goes on.
 
         Raises:
             RunFailed: the shard could not be published, or what is in its place is no shard.
         """
         wanted = self._goal.wanted(shard)
         current = _OpenShard(shard, wanted, Taken(self._work_dir, wanted.stem, self._attempt_id))
-        errors: Counter[str] = Counter(wanted.settled_errors)
-        for path in self._journals(wanted):
-            for batch in read_journal(path, self._header(current), schema=self._journal_schema):
-                # Two attempts may have answered the same key.
-                fresh = [key in wanted.attempts and key not in current.seen for key in _keys(batch)]
-                batch = batch.filter(pa.array(fresh, pa.bool_()))
-                current.batches.append(batch)
-                current.seen.update(_keys(batch))
-                errors.update(_errors(batch))
+        current.has_company = has_company
+        with self._lock:
+            self._tally.resume(wanted.num_settled, wanted.settled_errors)
+        current.errors.update(wanted.settled_errors)
+        self._take_over(current)
         # Asked last: a worker that publishes removes the journals afterwards, so what is missing there is seen here.
         if summary := self._goal.reached(shard):
             with self._lock:
-                self._tally.resume(summary.num_rows, summary.errors)
+                self._count_rest(current, summary)
                 self.num_published += 1
             return frozenset()
         with self._lock:
-            self._tally.resume(wanted.num_settled + len(current.seen), errors)
+            assert shard.number not in self._open, f"{shard.name} is in work here already"
             self._open[shard.number] = current
         missing = wanted.attempts.keys() - current.seen
         current.suspects = read_suspects(self._work_dir, wanted.stem, {key.row_index for key in missing})
         self._publish_if_complete(current)
         return frozenset(missing)
+
+    def num_attempts(self, shard: Shard) -> int:
+        """How many have given rows of a shard to an engine and not ended in good order since, dead or alive."""
+        return len(taken_files(self._work_dir, self._goal.wanted(shard).stem))
 
     def is_open(self, shard: Shard) -> bool:
         """Whether a shard is in work: taken, and not yet published."""
@@ -139,21 +149,36 @@ class Ledger:
         with self._lock:
             return self._open[shard.number].suspects
 
-    def taken(self, key: RecordKey) -> None:
+    def lacking(self, shard: Shard, keys: Sequence[RecordKey]) -> tuple[RecordKey, ...]:
+        """Those of the keys that nobody has answered yet, as far as is known here."""
+        with self._lock:
+            current = self._open.get(shard.number)
+            return tuple(key for key in keys if current is not None and key not in current.seen)
+
+    def taken(self, key: RecordKey) -> bool:
         """A sample is given to the engine: should the process end now, this row was under way.
+
+        Returns:
+            False where another worker has answered it meanwhile: then it is not to be asked.
 
         Raises:
             RunFailed: that could not be noted.
         """
         with self._lock:
-            current = self._open[self._rows[key.row_index].shard.number]
+            current = self._in_work(key)
+            if current is None or key in current.seen:
+                self._row_has(key)
+                return False
             alone = (key.row_index,) in current.suspects.groups
+            rows = self._rows.items()
+            on_their_way = [index for index, row in rows if row.shard.number == current.shard.number]
             try:
-                current.taken.add(key.row_index, alone=alone)
+                current.taken.add(key.row_index, alone=alone, on_their_way=on_their_way)
             except OSError as problem:
-                if self._goal.reached(current.shard):
-                    return  # by another worker, which has cleared work/ away: nobody will ask who was at it
-                raise self._unwritable(problem) from problem
+                if not self._goal.reached(current.shard):
+                    raise self._unwritable(problem) from problem
+                # By another worker, which has cleared work/ away: nobody will ask who was at it.
+            return True
 
     def expect(self, row: Row, keys: Sequence[RecordKey], shard: Shard) -> None:
         """Keep a row's columns until its answers are in."""
@@ -161,36 +186,55 @@ class Ledger:
             self._rows[row.index] = _ExpectedRow(shard, row.columns, len(keys))
 
     def record(self, answer: Answer) -> None:
-        """Put down a finished answer.
+        """Put down a finished answer; one that another worker has given meanwhile is dropped.
 
         Raises:
             RunFailed: a journal or a shard could not be written.
         """
         with self._lock:
             self._raise_failure()
-            expected = self._rows[answer.key.row_index]
-            current = self._open[expected.shard.number]
+            current = self._in_work(answer.key)
+            columns = self._row_has(answer.key)
+            if current is None or answer.key in current.by_others:
+                return
             assert answer.key not in current.seen, f"{answer.key} was answered twice"
             current.seen.add(answer.key)
             attempt = current.wanted.attempts[answer.key]
-            current.pending.append(journal_row(answer, expected.columns, self._schema, attempt))
-            expected.num_missing -= 1
-            if not expected.num_missing:
-                del self._rows[answer.key.row_index]
+            current.pending.append(journal_row(answer, columns, self._schema, attempt))
+            if answer.fault is not None:
+                current.errors[f"{answer.fault.stage}/{answer.fault.kind}"] += 1
             self._tally.add(answer)
         self._publish_if_complete(current)
 
+    def _in_work(self, key: RecordKey) -> _OpenShard | None:
+        """The shard of a key; None once another worker has published it. The lock is held."""
+        expected = self._rows.get(key.row_index)
+        return self._open.get(expected.shard.number) if expected is not None else None
+
+    def _row_has(self, key: RecordKey) -> Mapping[str, Any]:
+        """One key less is awaited of its row, whose columns are kept until none is. The lock is held."""
+        expected = self._rows.get(key.row_index)
+        if expected is None:
+            return {}
+        expected.num_missing -= 1
+        if not expected.num_missing:
+            del self._rows[key.row_index]
+        return expected.columns
+
     def sync(self) -> None:
-        """Bring every pending answer into a journal, on disk.
+        """Bring every pending answer into a journal, on disk; take over what another worker at the same shard has.
 
         Raises:
-            RunFailed: a journal could not be written.
+            RunFailed: a journal or a shard could not be written.
         """
         with self._disk:
             with self._lock:
                 in_work = list(self._open.values())
             for current in in_work:
                 self._journal_pending(current)
+            met = [current for current in in_work if self._meet(current)]
+        for current in met:
+            self._publish_if_complete(current)
 
     def close(self) -> None:
         """Stop the journal thread and put down what is finished.
@@ -218,7 +262,7 @@ class Ledger:
         try:
             if current.journal is None:
                 name = f"{current.wanted.stem}.{self._attempt_id}-{next(self._journal_numbers)}.journal"
-                current.journal = Journal(self._work_dir / name, self._header(current))
+                current.journal = new_journal(self._work_dir / name, self._header(current))
             current.journal.append(batch)
         except OSError as problem:
             current.close_journal()  # it may end in half a frame: a later try starts another file
@@ -230,11 +274,69 @@ class Ledger:
             del current.pending[: len(rows)]
             self._tally.errors.update(unfit)
 
+    def _meet(self, current: _OpenShard) -> bool:
+        """Take over what others have done of a shard, if somebody else is at it; whether there was something."""
+        name = current.shard.name
+        current.has_company = current.has_company or claim_of(self._work_dir, f"{name}{HELP}") != Claim()
+        if not current.has_company:
+            return False
+        found = self._take_over(current)
+        if summary := self._goal.reached(current.shard):
+            with self._lock:
+                self._drop(current, summary)
+            return False
+        return found
+
+    def _take_over(self, current: _OpenShard) -> bool:
+        """The answers in journals of others, and of earlier starts; whether there was one that was lacking."""
+        before = len(current.seen)
+        for path in self._journals(current.wanted):
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:  # its shard has just been published
+                continue
+            if path.name.startswith(f"{current.wanted.stem}.{self._attempt_id}-"):
+                continue
+            if current.sizes_read.get(path.name) == size:
+                continue
+            current.sizes_read[path.name] = size
+            for batch in read_journal(path, self._header(current), schema=self._journal_schema):
+                with self._lock:
+                    # Two attempts may have answered the same key.
+                    wanted = current.wanted.attempts
+                    batch = batch.filter(
+                        pa.array([key in wanted and key not in current.seen for key in _keys(batch)], pa.bool_())
+                    )
+                    keys, errors = _keys(batch), _errors(batch)
+                    current.batches.append(batch)
+                    current.seen.update(keys)
+                    current.by_others.update(keys)
+                    current.errors.update(errors)
+                    self._tally.resume(len(keys), errors)
+        return len(current.seen) > before
+
+    def _drop(self, current: _OpenShard, summary: ShardSummary) -> None:
+        """Another worker has published the shard: what is on its way for it is awaited no more. The lock is held."""
+        log.info("%s was published by another worker meanwhile; what was under way for it is dropped", summary.shard)
+        self._count_rest(current, summary)
+        del self._open[current.shard.number]
+        self._rows = {index: row for index, row in self._rows.items() if row.shard.number != current.shard.number}
+        current.close_journal()
+        current.taken.close()
+
+    def _count_rest(self, current: _OpenShard, summary: ShardSummary) -> None:
+        """Count what another worker has done of a shard that it published. The lock is held."""
+        num_counted = current.wanted.num_settled + len(current.seen)
+        self._tally.resume(summary.num_rows - num_counted, Counter(summary.errors) - current.errors)
+
     def _publish_if_complete(self, current: _OpenShard) -> None:
         with self._lock:
             if len(current.seen) < len(current.wanted.attempts):
                 return
         with self._disk:
+            with self._lock:
+                if self._open.get(current.shard.number) is not current:
+                    return  # by another thread
             # Into the journal first: whatever becomes of the publication, the answers are on disk.
             self._journal_pending(current)
             self._publish(current)
@@ -272,8 +374,8 @@ class Ledger:
             "before is safe; make room or restore the folder and run the same command again."
         )
 
-    def _journals(self, wanted: Wanted) -> list[Path]:
-        return sorted(path for path in self._work_dir.glob(f"{wanted.stem}.*.journal") if path.is_file())
+    def _journals(self, wanted: Wanted) -> list[Place]:
+        return [path for path in matching(self._work_dir, f"{wanted.stem}.*.journal") if path.is_file()]
 
     def _sync_forever(self, sync_seconds: float) -> None:
         while not self._closing.wait(sync_seconds):

@@ -23,8 +23,9 @@ import pyarrow as pa
 from pipeline.errors import RunFailed
 from pipeline.records import Shard
 from pipeline.write.crash_point import crash_point
-from pipeline.write.file import NO_HARD_LINKS, sync_directory
+from pipeline.write.file import NO_HARD_LINKS, Place, matching, sync_directory
 from pipeline.write.goal import FirstAnswers, Wanted, error_counts, in_input_order, record_keys, summary_of
+from pipeline.write.object_store import ObjectPath
 from pipeline.write.schema import ShardSummary
 from pipeline.write.shard import publish_shard, read_shard, summary_of_plan
 
@@ -42,7 +43,7 @@ class Retry:
     """
 
     def __init__(
-        self, first: FirstAnswers, work_dir: Path, *, only: Collection[str], published: Iterable[ShardSummary]
+        self, first: FirstAnswers, work_dir: Place, *, only: Collection[str], published: Iterable[ShardSummary]
     ) -> None:
         self.schema, self.plan_id = first.schema, first.plan_id
         self._first, self._work_dir, self._only = first, work_dir, only
@@ -77,7 +78,7 @@ class Retry:
         return summary if summary is not None and summary.generation >= self._targets[shard.number] else None
 
     def publish(
-        self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Path
+        self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Place
     ) -> bool:
         before = summary_of_plan(self._first.final(shard), self.plan_id)
         if before is None:
@@ -117,13 +118,13 @@ def is_meant(error: str, only: Collection[str]) -> bool:
     return not only or any(name in only for name in (error, *error.split("/", 1)))
 
 
-def generations(work_dir: Path) -> Iterator[tuple[str, int, Path]]:
+def generations(work_dir: Place) -> Iterator[tuple[str, int, Place]]:
     """Files of later generations in work/, oldest first: the shard's name, the generation, the file."""
     found = ((_GENERATION.fullmatch(path.name), path) for path in work_dir.glob("part-*.g*.parquet"))
     yield from sorted((match[1], int(match[2]), path) for match, path in found if match)
 
 
-def roll_forward(work_dir: Path, data_dir: Path, plan_id: str) -> None:
+def roll_forward(work_dir: Place, data_dir: Place, plan_id: str) -> None:
     """Put next generations in the place of their shards' files, where nobody has done it.
 
     Raises:
@@ -133,15 +134,31 @@ def roll_forward(work_dir: Path, data_dir: Path, plan_id: str) -> None:
         put_in_place(path, data_dir / f"{name}.parquet", generation, plan_id)
 
 
-def put_in_place(path: Path, final: Path, generation: int, plan_id: str) -> None:
+def put_in_place(path: Place, final: Place, generation: int, plan_id: str) -> None:
     """Put one next generation in the place of its shard's file; nothing where it is not there, or not the next.
 
     Raises:
         RunFailed: the folder cannot be written.
     """
+    version = final.version() if isinstance(final, ObjectPath) else None  # asked first: what is looked at is no newer
     now, then = summary_of_plan(final, plan_id), summary_of_plan(path, plan_id)
     if now is None or then is None or (now.generation, then.generation) != (generation - 1, generation):
         return
+    try:
+        if isinstance(final, ObjectPath):
+            final.exchange(path.read_bytes(), version)  # refused where another worker has done it
+        elif isinstance(path, Path):
+            _move_copy(path, final)
+        crash_point("generation_in_place")
+        sync_directory(final.parent)
+    except FileNotFoundError:  # by another worker, which has cleared work/ away
+        return
+    except OSError as problem:
+        raise RunFailed(f"{final} cannot be replaced by {path}: {problem}.") from problem
+
+
+def _move_copy(path: Path, final: Path) -> None:
+    """Replace a file by another one, which keeps its own name, too."""
     second_name = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         try:
@@ -153,25 +170,19 @@ def put_in_place(path: Path, final: Path, generation: int, plan_id: str) -> None
                 raise
             second_name = path
         os.replace(second_name, final)
-        crash_point("generation_in_place")
-        sync_directory(final.parent)
-    except FileNotFoundError:  # by another worker, which has cleared work/ away
-        return
-    except OSError as problem:
-        raise RunFailed(f"{final} cannot be replaced by {path}: {problem}.") from problem
     finally:
         if second_name != path:
             with suppress(OSError):
                 second_name.unlink()
 
 
-def strays(work_dir: Path, generations_done: Mapping[str, int]) -> Iterator[Path]:
+def strays(work_dir: Place, generations_done: Mapping[str, int]) -> Iterator[Place]:
     """What is left in work/ of attempts that were killed or lost a race, once every shard is published.
 
     A retry may be at work meanwhile: what belongs to a generation that is not in place yet stays.
     """
-    for path in sorted(work_dir.glob("part-*")):
+    for path in matching(work_dir, "part-*"):
         match = _FILE.fullmatch(path.name)
         if match and path.is_file() and int(match[2] or 0) <= generations_done.get(match[1], -1):
             yield path
-    yield from sorted(path for path in work_dir.glob("*.tmp") if path.is_file() and path.name[:5] != "part-")
+    yield from (path for path in matching(work_dir, "*.tmp") if path.is_file() and path.name[:5] != "part-")

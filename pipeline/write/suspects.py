@@ -19,7 +19,9 @@ from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+
+from pipeline.write.file import Place, matching
+from pipeline.write.object_store import ObjectPath
 
 _ROW = struct.Struct("<q")
 _LEAST_DEATHS = 2
@@ -40,36 +42,46 @@ NOBODY = Suspects()
 
 class Taken:
     """The rows of one shard that this attempt gives to its engine. Written without fsync: it is for deaths of the
-    process, not of the machine."""
+    process, not of the machine.
 
-    def __init__(self, work_dir: Path, stem: str, attempt_id: str) -> None:
+    In an object store, where each note is a request, the rows behind it that are on their way are noted with it.
+    """
+
+    def __init__(self, work_dir: Place, stem: str, attempt_id: str) -> None:
         self._path = work_dir / f"{stem}.{attempt_id}.taken"
         self._file: int | None = None
-        self._rows: set[int] = set()  # noted already
+        self._rows: dict[int, bytes] = {}  # noted already
 
-    def add(self, row_index: int, *, alone: bool = False) -> None:
-        """A row is on its way into the engine.
+    def add(self, row_index: int, *, alone: bool = False, on_their_way: Collection[int] = ()) -> None:
+        """A row is on its way into the engine. on_their_way: those that may follow it, in any order.
 
         Raises:
             OSError: the folder cannot be written.
         """
         if row_index in self._rows:  # another prompt about it, or a second look at the first samples
             return
+        if isinstance(self._path, ObjectPath):
+            rows = [row for row in on_their_way if row not in self._rows and row != row_index]
+            self._rows |= {row: _ROW.pack(row) for row in rows} if not alone else {}
+            self._rows[row_index] = _ROW.pack(-1 - row_index if alone else row_index)
+            self._path.replace(b"".join(self._rows.values()))
+            return
         if self._file is None:
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.write(self._file, _ROW.pack(-1 - row_index if alone else row_index))
-        self._rows.add(row_index)
+        self._rows[row_index] = _ROW.pack(-1 - row_index if alone else row_index)
+        os.write(self._file, self._rows[row_index])
 
     def close(self) -> None:
         """The attempt is done with the shard, in good order."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
+        if self._rows:
             with suppress(OSError):
-                self._path.unlink()
+                self._path.unlink(missing_ok=True)
 
 
-def read_suspects(work_dir: Path, stem: str, unanswered: Collection[int]) -> Suspects:
+def read_suspects(work_dir: Place, stem: str, unanswered: Collection[int]) -> Suspects:
     """Of the rows without an answer, those that were under way at two deaths of processes or more."""
     under_way: list[set[int]] = []
     alone: Counter[int] = Counter()
@@ -91,6 +103,6 @@ def read_suspects(work_dir: Path, stem: str, unanswered: Collection[int]) -> Sus
     return Suspects(tuple(groups), culprits)
 
 
-def taken_files(work_dir: Path, stem: str) -> list[Path]:
+def taken_files(work_dir: Place, stem: str) -> list[Place]:
     """What attempts at a shard noted, dead ones and live ones."""
-    return sorted(path for path in work_dir.glob(f"{stem}.*.taken") if path.is_file())
+    return [path for path in matching(work_dir, f"{stem}.*.taken") if path.is_file()]
