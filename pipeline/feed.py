@@ -151,4 +151,7 @@ class Feed:
     def _release_published(self) -> None:
         for name in [name for name, shard in self._in_work.items() if not self._ledger.is_open(shard)]:
             del self._in_work[name]
-            self._claims.release(name)
+            if name.endswith(HELP):  # stays, so that the owner looks what became of its shard
+                self._claims.leave(name)
+            else:
+                self._claims.release(name)

@@ -113,6 +113,11 @@ class Claims:
             if _read(self._path(shard_name)) == self._own:
                 self._path(shard_name).unlink(missing_ok=True)
 
+    def leave(self, shard_name: str) -> None:
+        """Have a claim stand there without an owner, as a sign: whoever clears work/ removes it."""
+        with self._lock:
+            self._held.discard(shard_name)
+
     def beat(self) -> None:
         """Renew the lease of every claim that is held; forget those that somebody took over."""
         with self._lock:
