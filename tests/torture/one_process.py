@@ -59,6 +59,7 @@ class Machine:
         patch.setattr(claim, "is_alive", lambda pid: pid in self.alive)
         patch.setattr(crash_point, "_die", self._die)
         patch.setattr(feed_module, "_POLL_SECONDS", 0.0)
+        patch.setattr(feed_module, "_PATIENCE_SECONDS", 0.0)  # whoever is idle helps
 
     def run(self, step: Callable[[], object], crash_at: str = "", times: int = 1) -> None:
         """One step of a worker.
@@ -176,9 +177,9 @@ class _LedgerOfJob(Ledger):
             sync_seconds=3600,
         )
 
-    def open(self, shard: Shard) -> frozenset[RecordKey]:
+    def open(self, shard: Shard, *, has_company: bool = False) -> frozenset[RecordKey]:
         kept = set(self._machine.kept)
-        missing = super().open(shard)
+        missing = super().open(shard, has_company=has_company)
         assert not missing & kept, "what a journal has is asked for again"
         return missing
 
@@ -295,8 +296,7 @@ class Worker:
                 for key in task.keys:
                     if fault:
                         ledger.record(answer(key, fault=fault))
-                    else:
-                        ledger.taken(key)
+                    elif ledger.taken(key):
                         batch.append(key)
                 yield
             for key in reversed(batch):
