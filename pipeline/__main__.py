@@ -161,10 +161,10 @@ def _run(call: _Call) -> int:
     job = Job(partial(prepare, config, only), partial(run, config, only), str(output_dir))
     if not config.cluster.launch(job):
         return 0  # a scheduler has it
-    status = read_status(output_dir)
-    write_manifest(output_dir, status)
     if ranks().rank:
         return 0  # what is said now is said by rank 0
+    status = read_status(output_dir)
+    write_manifest(output_dir, status)  # which a kill may have left undone
     fresh = [worker for worker in status.workers if worker["started"] >= started]
     if not fresh:
         done = f"All {status.plan.num_records:,} rows are done already" if only is None else "No such error row is left"

@@ -15,7 +15,7 @@ from pipeline.write.file import Place
 from pipeline.write.goal import FirstAnswers, Goal
 from pipeline.write.retry import Retry, is_meant, roll_forward
 from pipeline.write.schema import OutputSchema
-from pipeline.write.shard import published_shards
+from pipeline.write.shard import published_shards, shard_files
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +70,7 @@ class Agenda:
             num_samples=plan.num_samples,
             constants=constants,
             compression=compression,
+            foreign={number for number, _ in shard_files(self._output_dir / "data")} - self._published.keys(),
         )
         if self._only is None:
             return first

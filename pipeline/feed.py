@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from pipeline.dataset.base import Dataset
@@ -21,6 +21,9 @@ from pipeline.write.ledger import Ledger
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 1.0
+_MOST_POLL_SECONDS = 30.0  # where each look is a request: twice as long each time
+_LOOK_SECONDS = 30.0  # how old may be what is known of others
+_SHARDS_AT_ONCE = 64  # that an idle worker tries: of thousands of workers each would try what all others have
 _PATIENCE_SECONDS = 5.0  # with those who have the last shards: what they are about to finish is not done twice
 _ROWS_AT_ONCE = 64  # of a shard that is read from its end
 _ENDED = Fault(Stage.GENERATE, "ProcessEnded", "the whole process ended whenever it was at this row, twice at it alone")
@@ -41,6 +44,8 @@ class Feed:
         self._plan, self._dataset, self._goal, self._ledger, self._claims = plan, dataset, goal, ledger, claims
         self._image_column = image_column
         self._in_work: dict[str, Shard] = {}  # by the name of the claim
+        self._done: Collection[int] = ()
+        self._looked_at = time.monotonic()  # when the shards to do were listed, about
         self._apart: list[
             tuple[Shard, Sequence[int], frozenset[RecordKey]]
         ] = []  # rows, of which those keys are missing
@@ -52,31 +57,46 @@ class Feed:
         worker could mean that both wait for each other.
         """
         idle_since: float | None = None
+        poll_seconds, num_tried = _POLL_SECONDS, len(shards)  # at first each of them
         while shards:
+            shards, untried = shards[:num_tried], shards[num_tried:]
             postponed: list[Shard] = []
             yield self._tasks(shards, postponed)
             while self._apart:
                 self._ledger.sync()  # should the process die now, these rows alone are under way
                 yield self._group(*self._apart.pop())
             left = self.unfinished(postponed)
+            num_tried = _SHARDS_AT_ONCE
             if len(left) < len(shards):
-                idle_since = None
+                idle_since, poll_seconds = None, _POLL_SECONDS
             elif idle_since is None:
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since >= _PATIENCE_SECONDS and (shard := self._helped(left)):
                 yield self._help(shard)
                 left = self.unfinished(left)
             else:
-                time.sleep(_POLL_SECONDS)
-            shards = left
+                time.sleep(poll_seconds)
+                if self._goal.looks_cost:
+                    poll_seconds = min(2 * poll_seconds, _MOST_POLL_SECONDS)
+            done = self._goal.done_meanwhile()
+            shards = [shard for shard in (*untried, *left) if shard.number not in done]
 
     def unfinished(self, shards: Sequence[Shard]) -> list[Shard]:
         """Those of the shards that nobody has finished."""
-        return [shard for shard in shards if self._goal.reached(shard) is None]
+        done = self._goal.done_meanwhile()
+        return [shard for shard in shards if shard.number not in done and self._goal.reached(shard) is None]
+
+    def _done_meanwhile(self) -> Collection[int]:
+        """Shards that others have finished, as was known some seconds ago."""
+        if time.monotonic() - self._looked_at > _LOOK_SECONDS:
+            self._done, self._looked_at = self._goal.done_meanwhile(), time.monotonic()
+        return self._done
 
     def _tasks(self, shards: Sequence[Shard], postponed: list[Shard]) -> Iterator[Task]:
         for shard in shards:
             self._release_published()
+            if shard.number in self._done_meanwhile():
+                continue
             if not self._take(shard, shard.name):
                 postponed.append(shard)
                 continue

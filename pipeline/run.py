@@ -37,6 +37,7 @@ from pipeline.vlm.generation import effective_settings
 from pipeline.vlm.identity import ModelIdentity, identify
 from pipeline.watchdog import Watchdog
 from pipeline.write.claim import Claims
+from pipeline.write.file import Place
 from pipeline.write.ledger import Ledger
 from pipeline.write.schema import OutputSchema, output_schema
 
@@ -60,7 +61,7 @@ def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) 
     """
     with Interruption(config.grace_seconds) as stop:
         if run_share(config, only, rank, world, stop):
-            write_manifest(config.output_path, read_status(config.output_path))
+            conclude(config.output_path)
 
 
 def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> bool:
@@ -154,6 +155,17 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
                 compared = parity.report if parity else {}
                 meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
     return True
+
+
+def conclude(output_dir: Place) -> None:
+    """Write the manifest, unless another rank is just at it: each would read what all have done.
+
+    Raises:
+        RunFailed: it could not be written.
+    """
+    with Claims(output_dir / "plan", uuid.uuid4().hex[:12]) as claims:
+        if claims.take("manifest"):
+            write_manifest(output_dir, read_status(output_dir))
 
 
 def prepare(config: RunConfig, only: Collection[str] | None) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from pipeline.errors import RunFailed
 from pipeline.records import RecordKey, Shard
 from pipeline.write.file import Place
+from pipeline.write.object_store import ObjectPath
 from pipeline.write.schema import OutputSchema, ShardSummary
-from pipeline.write.shard import publish_shard, summary_of_plan
+from pipeline.write.shard import publish_shard, shard_files, summary_of_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,15 @@ class Goal(Protocol):
         """The summary of the shard's file, once it holds what is wanted; else None."""
         ...
 
+    def done_meanwhile(self) -> Collection[int]:
+        """Shards that have been finished since this start looked, as one listing tells; not all where it cannot."""
+        ...
+
+    @property
+    def looks_cost(self) -> bool:
+        """Whether each look at the output is a request that somebody pays for."""
+        ...
+
     def publish(
         self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Place
     ) -> bool:
@@ -72,6 +82,7 @@ class FirstAnswers:
 
     Args:
         constants: model_id, model_revision and run_id, the same in every record.
+        foreign: numbers of shards under whose names this start has found something else.
     """
 
     def __init__(
@@ -84,7 +95,9 @@ class FirstAnswers:
         num_samples: int,
         constants: Mapping[str, str | None],
         compression: str,
+        foreign: Collection[int] = (),
     ) -> None:
+        self._foreign = frozenset(foreign)
         self.schema, self.plan_id = schema, plan_id
         self._output_dir, self.data_dir = output_dir, output_dir / "data"
         self.prompt_names, self._num_samples = tuple(prompt_names), num_samples
@@ -102,6 +115,13 @@ class FirstAnswers:
 
     def reached(self, shard: Shard) -> ShardSummary | None:
         return summary_of_plan(self.final(shard), self.plan_id)
+
+    def done_meanwhile(self) -> Collection[int]:
+        return {number for number, _ in shard_files(self.data_dir)} - self._foreign
+
+    @property
+    def looks_cost(self) -> bool:
+        return isinstance(self.data_dir, ObjectPath)
 
     def publish(
         self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Place

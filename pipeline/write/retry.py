@@ -77,6 +77,13 @@ class Retry:
         summary = summary_of_plan(self._first.final(shard), self.plan_id)
         return summary if summary is not None and summary.generation >= self._targets[shard.number] else None
 
+    def done_meanwhile(self) -> Collection[int]:
+        return ()  # names say nothing of generations
+
+    @property
+    def looks_cost(self) -> bool:
+        return self._first.looks_cost
+
     def publish(
         self, shard: Shard, wanted: Wanted, journal: pa.Table, *, numerics: Mapping[str, str], attempt_path: Place
     ) -> bool:
