@@ -14,6 +14,7 @@ member again after exit code 75, unless SIGTERM came: then Slurm ends the job, a
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -33,6 +34,8 @@ from pipeline.option import option
 from pipeline.ranks import Ranks
 from pipeline.redaction import without_credentials
 from pipeline.shown import shown
+
+log = logging.getLogger(__name__)
 
 _MEMBER_OF = "VLM_BATCH_MEMBER_OF"  # the array job, in the environment of its members
 _SECRET_WORD = "VLM_BATCH_WORD"
@@ -187,6 +190,7 @@ class SlurmConfig(ClusterConfig):
                     "go on."
                 ) from end
             raise Interrupted(f"{member} is in the queue again; what is finished is on disk.") from end
+        log.info("%s: all is done", member)
 
 
 def is_member(environment: Mapping[str, str] = os.environ) -> bool:

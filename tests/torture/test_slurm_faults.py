@@ -5,12 +5,16 @@ On the Slurm of scripts/slurm_node.sh, with the fake model.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
-from fake_model import SECONDS
-from faultbox import Box, Found
+from command_line import CHECKOUT
+from fake_model import LOG, SECONDS
+from faultbox import PROGRAM, Box, Found
 from slurm_node import ask, job_of, needs_slurm, num_restarts, states, wait_until, wait_until_all
 
 pytestmark = [pytest.mark.slow, needs_slurm, pytest.mark.timeout(900)]
@@ -64,13 +68,13 @@ def test_a_member_never_begins(tmp_path: Path, found: Found) -> None:
     ask("scancel", f"{job}_1")
     found.num_faults += 1
     wait_until_all(job, "COMPLETED", "CANCELLED")
-    assert states(job)[f"{job}_1"] == "CANCELLED"
+    assert states(job).get(f"{job}_1", "CANCELLED") == "CANCELLED"  # Slurm forgets it at once
     assert not [attempt for attempt in box.began() if attempt.startswith("1-")]
     proven(box, found)
 
 
 def test_every_rank_is_there_twice(tmp_path: Path, found: Found) -> None:
-    """Fault 16: one task id started twice: the command is run again while its array runs, and members share the rows."""
+    """Fault 16: one task id started twice: the command is run again while its array runs; members share rows."""
     box = box_of(tmp_path, batch_seconds=0.3)
     jobs = [submitted(box, workers=2), submitted(box, workers=2)]
     found.num_faults += 1
@@ -141,3 +145,65 @@ def test_waiting_ends_when_the_work_is_done(tmp_path: Path, found: Found) -> Non
     assert "rows     240 of 240 done" in said
     found.num_faults = 0
     proven(box, found)
+
+
+def script_of_the_docs(box: Box, *, time_limit: str) -> Path:
+    """The script of docs/clusters.md for three members, which finds our job under the name of vlm-batch."""
+    text = (CHECKOUT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if block.startswith("#!"))
+    for written, ours in (
+        ("--array=0-7", "--array=0-2"),
+        ("--cpus-per-task=6 --gres=gpu:1", "--cpus-per-task=1"),
+        ("--time=4:00:00", f"--time={time_limit}"),
+        ("B:USR1@120", "B:USR1@50"),
+        ("run output_dir=outputs/captions", "run"),
+    ):
+        assert script.count(written) == 1, f"{written} is not in the script"
+        script = script.replace(written, ours)
+    folder = box.output.parent.parent / "bin"
+    folder.mkdir()
+    (folder / "vlm-batch").write_text(f'#!/bin/sh\nexec {shlex.join(PROGRAM)} "$@" {shlex.join(box.words)}\n')
+    (folder / "vlm-batch").chmod(0o755)
+    path = folder / "job.sh"
+    path.write_text(script)
+    return path
+
+
+def submitted_by_hand(box: Box, script: Path) -> str:
+    environment = os.environ | box.environment | {
+        "PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{CHECKOUT}",
+        LOG: str(box.log),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)],
+        cwd=script.parent, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_the_script_of_the_docs(tmp_path: Path, found: Found) -> None:
+    """Fault 7, 16: a batch script of one's own with srun, warned before its time limit: it queues itself again."""
+    box = box_of(tmp_path, batch_seconds=1.2)
+    script = script_of_the_docs(box, time_limit="1")
+    job = submitted_by_hand(box, script)
+    found.num_faults += 3
+    wait_until_all(job, "COMPLETED")
+    assert all(num_restarts(f"{job}_{number}") >= 1 for number in range(3))
+    assert "SIGUSR1: stopping" in (script.parent / f"{job}_0.log").read_text()
+    proven(box, found)
+
+
+def test_the_script_of_the_docs_is_cancelled(tmp_path: Path, found: Found) -> None:
+    """Fault 7, 16: scancel of a batch script of one's own: it ends in good order, and does not come back."""
+    box = box_of(tmp_path, batch_seconds=1.0)
+    script = script_of_the_docs(box, time_limit="10")
+    job = submitted_by_hand(box, script)
+    wait_for_rows(box)
+    ask("scancel", job)
+    found.num_faults += 1
+    wait_until_all(job, "CANCELLED")
+    assert [num_restarts(f"{job}_{number}") for number in range(3)] == [0, 0, 0]
+    assert num_finished(box) < box.num_rows // SHARD_ROWS
+    box.environment = {}
+    box.finish(found)
