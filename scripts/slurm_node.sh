@@ -21,7 +21,7 @@ install_packages() {
 
 is_ours() { [[ -e $conf && $(head -n 1 "$conf") == "$mark" ]]; }
 
-is_up() { [[ $(timeout 20 sinfo --noheader --format=%T 2>/dev/null | sort -u) =~ ^(idle|mixed|allocated)$ ]]; }
+is_up() { [[ $(timeout 20 sinfo --noheader --format=%T 2>/dev/null | sort -u) =~ ^(idle|mixed|allocated|completing)$ ]]; }
 
 runs() { [[ -s $dir/$1.pid ]] && kill -0 "$(cat "$dir/$1.pid")" 2>/dev/null; }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from command_line import CHECKOUT
 
-from pipeline.cluster.slurm_queue import members_listed
+from pipeline.cluster.slurm_queue import Member, members_listed
 
 _NODE = [str(CHECKOUT / "scripts" / "slurm_node.sh"), "status"]
 needs_slurm = pytest.mark.skipif(
@@ -33,10 +33,15 @@ def job_of(printed: str) -> str:
     return found[1]
 
 
-def states(job_id: str) -> dict[str, str]:
-    """What every member of a job is at."""
+def members(job_id: str) -> dict[str, Member]:
+    """What every member of a job is at; Slurm forgets one that was cancelled before it began."""
     listing = ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={job_id}", "--format=%i|%T|%r")
-    return {name: member.state for name, member in members_listed(listing)}
+    return dict(members_listed(listing))
+
+
+def states(job_id: str) -> dict[str, str]:
+    """The same, but the names of the states alone."""
+    return {name: member.state for name, member in members(job_id).items()}
 
 
 def num_restarts(member: str) -> int:
@@ -55,5 +60,12 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 240) -> Non
 
 
 def wait_until_all(job_id: str, *wanted: str) -> None:
-    """Until every member of a job is in one of these states."""
-    wait_until(lambda: set(states(job_id).values()) <= set(wanted), f"{wanted} of job {job_id}")
+    """Until every member of a job is in one of these states; none may have ended in another."""
+
+    def there() -> bool:
+        found = members(job_id)
+        lost = {name: member.state for name, member in found.items() if member.ended and member.state not in wanted}
+        assert not lost, lost
+        return all(member.state in wanted for member in found.values())
+
+    wait_until(there, f"{wanted} of job {job_id}")

@@ -101,7 +101,7 @@ class SlurmConfig(ClusterConfig):
         logs = folder / f"{array.job_id}_*.log"
         for line in (
             f"slurm    job {array.job_id}, {self.workers} members",
-            f"rows     vlm-batch status output_dir={shlex.quote(job.output_dir)}",
+            f"status   vlm-batch status output_dir={shlex.quote(job.output_dir)}",
             f"queue    squeue --jobs={array.job_id}",
             f"logs     {logs}",
             f"cancel   scancel {array.job_id}",
