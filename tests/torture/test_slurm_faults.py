@@ -106,7 +106,7 @@ def test_members_give_way_to_another_job(tmp_path: Path, found: Found) -> None:
     wait_for_rows(box)
     ask("sbatch", "--partition=high", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1")
     found.num_faults += 2
-    wait_until(lambda: set(states(job).values()) == {"PENDING"}, "preemption")
+    wait_until_all(job, "PENDING")
     box.environment = {}
     wait_until_all(job, "COMPLETED")
     assert [num_restarts(f"{job}_{number}") for number in (0, 1)] == [1, 1]
