@@ -56,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         atexit.register(gc.freeze)  # nothing to collect at the end: a second, after torch and transformers
     log_to_stderr()
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_code_of(lambda: _main(words))
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(words)] if argv is None else ["-m", "pipeline"]
+    return exit_code_of(lambda: _main(words, [sys.executable, *program, *words]))
 
 
-def _main(words: list[str]) -> int:
+def _main(words: list[str], command_line: Sequence[str]) -> int:
     if "--version" in words:
         print(__version__)
         return 0
@@ -77,7 +78,7 @@ def _main(words: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"there is no command {command!r}.{hint} Commands: {', '.join(COMMANDS)}.")
-    call = _call(command, settings, config_dir)
+    call = _call(command, settings, config_dir, command_line)
     if wants_help:
         _print_keys(command, call)
         return 0
@@ -102,6 +103,7 @@ class _Call:
     schema: type | None
     settings: Sequence[str]
     config_dir: str | None
+    command_line: Sequence[str]  # the whole of it, program first
 
     def composed(self) -> Composed:
         """The configuration, and how it reads as YAML."""
@@ -111,12 +113,12 @@ class _Call:
         return compose(self.settings, config_dir=self.config_dir, own=own)
 
 
-def _call(command: str, words: Sequence[str], config_dir: str | None) -> _Call:
+def _call(command: str, words: Sequence[str], config_dir: str | None, command_line: Sequence[str]) -> _Call:
     from pipeline.compose import taken
 
     schema = _schema(command)
     options, settings = taken(words, schema) if schema else (None, words)
-    return _Call(options, schema, settings, config_dir)
+    return _Call(options, schema, settings, config_dir, command_line)
 
 
 def _schema(command: str) -> type | None:
@@ -147,7 +149,7 @@ def _run(call: _Call) -> int:
     from pipeline.planning import Resume
     from pipeline.ranks import ranks
     from pipeline.run import prepare, run
-    from pipeline.status import phases, read_status, status_lines
+    from pipeline.status import phases, progress_line, read_status, status_lines
 
     config = call.composed().config
     output_dir = config.output_path
@@ -158,7 +160,14 @@ def _run(call: _Call) -> int:
         if config.resume is Resume.overwrite:
             raise UsageError("resume=overwrite begins anew; retry asks again what is there. Leave one of them out.")
         refuse_retry(output_dir, only)
-    job = Job(partial(prepare, config, only), partial(run, config, only), str(output_dir))
+    job = Job(
+        partial(prepare, config, only),
+        partial(run, config, only),
+        str(output_dir),
+        command=call.command_line,
+        wait=config.wait,
+        progress=partial(progress_line, output_dir),
+    )
     if not config.cluster.launch(job):
         return 0  # a scheduler has it
     if ranks().rank:

@@ -76,6 +76,9 @@ class RunConfig:
         speed=True,
         least=1,
     )
+    wait: bool = option(
+        False, "where a scheduler has the work: stay, and say how far it is, until it is done", speed=True
+    )
     stall_exit: bool = option(False, "after such a report, end with exit code 75 (run again)", speed=True)
 
     @property

@@ -61,8 +61,15 @@ def ranks() -> Ranks:
 
 
 def num_own_cores() -> int:
-    """Cores of the CPU for this process, where those of its host share them."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks().local_world)
+    """Cores of the CPU for this process, where those of its host share them.
+
+    Slurm does not everywhere bind a job to the cores that it was given.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    given = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    if given.isascii() and given.isdigit():
+        num_cores = min(num_cores, int(given))
+    return max(1, num_cores // ranks().local_world)
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "0") -> int:

@@ -109,6 +109,17 @@ def status_lines(output_dir: Place, status: Status) -> Iterator[str]:
         yield from _worker_lines(running)
 
 
+def progress_line(output_dir: Path) -> str:
+    """How far a run is, in one line.
+
+    Raises:
+        UsageError: there is no run in this folder.
+    """
+    status = read_status(output_dir)
+    rate = sum(worker["rows_per_second"] for worker in status.running)
+    return f"{status.num_done:,} of {status.plan.num_records:,} rows, {rate:.1f} rows/s"
+
+
 def _worker_lines(running: Sequence[WorkerStats]) -> Iterator[str]:
     """A few workers one by one; of many those that are much slower than most."""
     at_work = [worker for worker in running if worker["state"] == "running"]

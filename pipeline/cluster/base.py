@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,11 +16,17 @@ class Job:
     work: (rank, world size) does a rank's share, and what other ranks leave. It returns when all is done, whoever did
         it, so that one rank that returns speaks for all.
     output_dir: folder or URL of the results, as it was given: for the names of jobs and the place of their logs.
+    command: the words, program first, that start this run anew on another host, in the same folder.
+    wait: whether a cluster that could hand the work over follows it instead, until it is done.
+    progress: one line about how far the run is, for whoever follows it.
     """
 
     prepare: Callable[[], bool]
     work: Callable[[int, int], None]
     output_dir: str
+    command: Sequence[str] = ()
+    wait: bool = False
+    progress: Callable[[], str] = str
 
 
 @dataclass(kw_only=True, slots=True)

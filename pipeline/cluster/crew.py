@@ -1,4 +1,4 @@
-"""Several worker processes on one host, and one that looks after them.
+"""The worker processes of one host, and one that looks after them.
 
 They know nothing of each other and meet in the output folder: one that dies leaves its shards to the others, and is
 started again, so that it takes part in what is left.
@@ -40,10 +40,22 @@ class Crew:
     Args:
         work: see cluster.base.Job.
         gpus: names for CUDA_VISIBLE_DEVICES; each process sees one of them. Empty = the processes see what is there.
+        first: the rank of the first process, where other hosts have ranks as well.
+        world: the number of all ranks; None = there are no others.
     """
 
-    def __init__(self, work: Callable[[int, int], None], num_workers: int, gpus: Sequence[str]) -> None:
+    def __init__(
+        self,
+        work: Callable[[int, int], None],
+        num_workers: int,
+        gpus: Sequence[str],
+        *,
+        first: int = 0,
+        world: int | None = None,
+    ) -> None:
         self._work, self._num_workers, self._gpus = work, num_workers, gpus
+        self._first, self._world = first, world or num_workers
+        self.signals: set[int] = set()  # that came while it ran
         self._processes: dict[int, SpawnProcess] = {}  # of each rank that has not ended
         self._exit_codes: dict[int, int] = {}  # of each that has
         self._num_restarts: Counter[int] = Counter()
@@ -59,7 +71,7 @@ class Crew:
             RunFailed: all have ended, and none of them because the work was done.
         """
         with self._listening():
-            for rank in range(self._num_workers):
+            for rank in range(self._first, self._first + self._num_workers):
                 self._start(rank)
             done_since: float | None = None
             while self._processes:
@@ -76,8 +88,8 @@ class Crew:
         self._conclude()
 
     def _start(self, rank: int) -> None:
-        own = Ranks(rank, self._num_workers, rank, self._num_workers)
-        visible = {"CUDA_VISIBLE_DEVICES": self._gpus[rank % len(self._gpus)]} if self._gpus else {}
+        own = Ranks(rank, self._world, rank - self._first, self._num_workers)
+        visible = {"CUDA_VISIBLE_DEVICES": self._gpus[own.local_rank % len(self._gpus)]} if self._gpus else {}
         process = multiprocessing.get_context("spawn").Process(
             target=_rank, args=(self._work, own, os.getpid()), name=f"worker {rank}"
         )
@@ -138,6 +150,7 @@ class Crew:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """A terminal's Ctrl-C has reached the processes, too, each of which counts for itself."""
+        self.signals.add(number)
         self._num_interrupts += number == signal.SIGINT
         self._stopping = True
         for process in self._processes.values():
@@ -150,9 +163,9 @@ class Crew:
 
 
 def _rank(work: Callable[[int, int], None], own: Ranks, parent: int) -> None:
-    """What a process does; rank 0 speaks for all of what they do alike."""
+    """What a process does; the first of a host speaks for all of what they do alike."""
     threading.Thread(target=_follow, args=(parent,), name="parent", daemon=True).start()
-    log_to_stderr(level=logging.WARNING if own.rank else logging.INFO, prefix=f"[{own.rank}] ")
+    log_to_stderr(level=logging.WARNING if own.local_rank else logging.INFO, prefix=f"[{own.rank}] ")
 
     def done() -> int:
         work(own.rank, own.world)

@@ -65,6 +65,14 @@ def waits(folder: Path, rank: int, world: int) -> None:
         note(folder, rank, "stopped")
 
 
+def stops_slowly(folder: Path, rank: int, world: int) -> None:
+    """As waits(), but with something in flight that takes a while."""
+    try:
+        waits(folder, rank, world)
+    finally:
+        time.sleep(1)
+
+
 def hangs(folder: Path, rank: int, world: int) -> None:
     """Whatever signal comes."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -6,6 +6,7 @@ Command line, plan, worker processes, feed and ledger are the program's own; onl
 checks of a real model are not. It starts without torch, in half a second.
 
 FAKE_MODEL_POISON=ID,ID has the whole process end, as by a fault in a kernel, once one of these rows is in a batch.
+FAKE_MODEL_SECONDS=SECONDS is how long a batch takes.
 FAKE_MODEL_LOG=FILE gets a line for each answer that was generated ("made KEY"), and for each that the disk has in a
 journal ("kept KEY"): what may not be generated again; and one for each worker ("began ATTEMPT").
 FAKE_MODEL_CLOCK=+3600 or -3600 has the process see another time of day, "frozen" one that stands still, and "jumping"
@@ -47,6 +48,7 @@ from pipeline.write.claim import LEASE_SECONDS, Claims
 from pipeline.write.journal import Journal
 
 LOG, POISON, BATCH_ROWS = "FAKE_MODEL_LOG", "FAKE_MODEL_POISON", "FAKE_MODEL_BATCH_ROWS"
+SECONDS = "FAKE_MODEL_SECONDS"
 CLOCK, LEASE, GATES = "FAKE_MODEL_CLOCK", "FAKE_MODEL_LEASE", "FAKE_MODEL_GATES"
 BATCH_SECONDS = 0.004
 FROZEN_AT = 1_800_000_000.0
@@ -90,7 +92,7 @@ class FakeEngine:
         num_rows = int(os.environ.get(BATCH_ROWS, "3"))
         poison = [name for name in os.environ.get(POISON, "").split(",") if name]
         while not self._stop.requested and (batch := list(islice(samples, num_rows))):
-            time.sleep(BATCH_SECONDS)
+            time.sleep(float(os.environ.get(SECONDS, BATCH_SECONDS)))
             if any(sample.id in poison for sample in batch):
                 os.kill(os.getpid(), signal.SIGKILL)
             log("made", [_words(*sample.key) for sample in batch])
@@ -188,8 +190,20 @@ def claims_that_tell(work_dir: Path, attempt_id: str) -> Claims:
     return Claims(work_dir, attempt_id, lease_seconds=float(os.environ.get(LEASE, LEASE_SECONDS)))
 
 
+true_run = run.run
+
+
+def fake_run(*words: Any) -> None:
+    """run.run, in whichever process: a cluster starts it in others by its name."""
+    install()
+    true_run(*words)
+
+
 def install() -> None:
-    """Put the fake model in the place of the real one."""
+    """Put the fake model in the place of the real one, once."""
+    if run.run is fake_run:
+        return
+    run.run = fake_run  # type: ignore[assignment]
     run.refuse_model = lambda *_: None  # type: ignore[assignment]
     run.refuse_processor = lambda *_: None  # type: ignore[assignment]
     run.workers = fake_workers  # type: ignore[assignment]
