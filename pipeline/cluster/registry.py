@@ -5,11 +5,13 @@ from __future__ import annotations
 from pipeline.cluster.base import ClusterConfig
 from pipeline.cluster.gpus import GpusConfig
 from pipeline.cluster.local import LocalConfig
+from pipeline.cluster.ray import RayConfig
 
 CLUSTERS: dict[str, type[ClusterConfig]] = {
     cluster.kind: cluster
     for cluster in (
         LocalConfig,
         GpusConfig,
+        RayConfig,
     )
 }
