@@ -17,6 +17,7 @@ from pipeline.option import option
 log = logging.getLogger(__name__)
 
 _LEAST_VERSION = (2, 55)  # with an older one, whoever reads Parquet unpickles what it says (CVE-2026-41486)
+_LOCAL = "local"  # what Ray calls a cluster that is started for one program
 _CPUS = 8.0  # of a worker that generates on them: more cores add little to one process
 _OBJECT_STORE_BYTES = 128 << 20  # nothing large goes through it
 _STARTS = 2  # of a cluster on this host: on a busy one its processes take longer than it waits for them
@@ -75,11 +76,17 @@ class RayConfig(ClusterConfig):
             UsageError: Ray is not installed, not reached, or this host has too little for the workers.
         """
         refuse_version(_installed_version())
+        address = self.address or os.environ.get("RAY_ADDRESS") or _LOCAL
+        if "://" in address:
+            raise UsageError(
+                f"cluster.address={address}: expected HOST:PORT or auto. Start the command on a machine of the "
+                "cluster, or with: ray job submit -- vlm-batch run cluster=ray ..."
+            )
         if not job.prepare():
             return True
         from pipeline.cluster.ray_crew import RayCrew, listening
 
-        with listening() as signals, _connected(self.address) as grows:
+        with listening() as signals, _connected(address) as grows:
             signals.listen()  # Ray has put a handler of its own in the place of ours
             nodes = _nodes()
             demand = self.demand(nodes)
@@ -99,7 +106,7 @@ class RayConfig(ClusterConfig):
         Raises:
             UsageError: a share of several GPUs.
         """
-        gpus = float(any(node.get("GPU") for node in nodes)) if self.gpus is None else self.gpus
+        gpus = float(any(node.get("GPU") for node in nodes) if self.gpus is None else self.gpus)
         if gpus > 1 and not gpus.is_integer():
             raise UsageError(f"cluster.gpus={gpus:g}: expected a whole number, or a part of one GPU such as 0.5.")
         cpus = self.cpus
@@ -157,7 +164,7 @@ def _installed_version() -> str | None:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[bool]:
+def _connected(address: str) -> Iterator[bool]:
     """While it is entered, this process belongs to a Ray cluster; whether that may grow.
 
     Raises:
@@ -167,20 +174,14 @@ def _connected(address: str | None) -> Iterator[bool]:
         os.environ.setdefault(name, value)
     import ray
 
-    given = address or os.environ.get("RAY_ADDRESS") or "local"
-    if "://" in given:
-        raise UsageError(
-            f"cluster.address={given}: expected HOST:PORT or auto. Start the command on a machine of the cluster, or "
-            "with: ray job submit -- vlm-batch run cluster=ray ..."
-        )
     own = {
         "num_cpus": len(os.sched_getaffinity(0)),
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
-    _begin(given, own if given == "local" else {})
+    _begin(address, own if address == _LOCAL else {})
     try:
-        yield given != "local"
+        yield address != _LOCAL
     finally:
         ray.shutdown()
 
@@ -194,7 +195,7 @@ def _begin(address: str, settings: Mapping[str, object]) -> None:
     """
     import ray
 
-    for tries_left in reversed(range(_STARTS if address == "local" else 1)):
+    for tries_left in reversed(range(_STARTS if address == _LOCAL else 1)):
         try:
             ray.init(address=address, logging_level=logging.ERROR, **settings)
             return
@@ -204,7 +205,7 @@ def _begin(address: str, settings: Mapping[str, object]) -> None:
         # is free, or its processes take too long to start.
         except Exception as problem:
             ray.shutdown()
-            if address != "local":
+            if address != _LOCAL:
                 raise UsageError(f"cluster.address={address}: no Ray cluster is reached: {problem}") from problem
             if not tries_left:
                 raise RunFailed(f"cluster=ray: Ray does not start on this host: {problem}") from problem

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.base import Job
-from pipeline.cluster.ray_worker import Ending, Place, Task, Worker, plan_in
+from pipeline.cluster.ray_worker import Ending, Place, Task, Worker, ask_to_stop, plan_in
 from pipeline.errors import Interrupted, RunFailed, UsageError
 from pipeline.ranks import Ranks
 from pipeline.shown import shown
@@ -247,8 +247,8 @@ class RayCrew:
         place = self._members[rank].place
         assert place is not None
         there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-        request = ray.remote(os.kill).options(num_cpus=0, max_retries=2, scheduling_strategy=there)
-        self._requests[request.remote(place.pid, int(signal.SIGTERM))] = rank
+        request = ray.remote(ask_to_stop).options(num_cpus=0, max_retries=2, scheduling_strategy=there)
+        self._requests[request.remote(place.pid)] = rank
 
     def _hear_request(self, reference: Any) -> None:
         import ray

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,6 +96,12 @@ class Worker:
         except Exception as problem:  # a bug, ours or a library's: the process that looks after us says so
             return Ending(1, f"{type(problem).__name__}: {problem}", traceback.format_exc())
         return Ending(0)
+
+
+def ask_to_stop(pid: int) -> None:
+    """A task for the host of an actor, whose own thread is at work."""
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signal.SIGTERM)
 
 
 def enter(task: Task) -> None:
