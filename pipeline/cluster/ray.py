@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -181,7 +182,8 @@ def _connected(address: str) -> Iterator[bool]:
     }
     _begin(address, own if address == _LOCAL else {})
     try:
-        yield address != _LOCAL
+        with redirect_stdout(sys.stderr):  # where Ray says what workers and nodes say
+            yield address != _LOCAL
     finally:
         ray.shutdown()
 

@@ -34,7 +34,7 @@ _WATCH_SECONDS, _SHORT_SECONDS = 1.0, 0.1
 _GATHER_SECONDS = 5.0  # those who have a place wait for others, to know how many share a host
 _PATIENCE_SECONDS = 10.0  # until it is said that there is no room, and again every so often
 _REMINDER_SECONDS = 60.0
-_FAREWELL_SECONDS = 15.0  # for the others, once all rows are there; then they are asked to stop
+_FAREWELL_SECONDS = 5.0  # for the others, once all rows are there; then they are asked to stop
 _LAST_SECONDS = 120.0  # then they are not waited for
 
 
@@ -101,6 +101,7 @@ class RayCrew:
         self._gathered_at = self._looked_at = time.monotonic()
         self._num_missed = 0  # of whom it was said that there is no room
         self._done_at: float | None = None
+        self._stopping_late = False  # those who have not found out that all is done
 
     def run(self) -> None:
         """Start all, and return when the work is done.
@@ -266,7 +267,10 @@ class RayCrew:
         for rank, member in list(self._members.items()):
             if not member.at_work or seconds > _LAST_SECONDS:
                 self._end(rank, Ending(Interrupted.exit_code, "was not needed any more"))
-        if seconds > _FAREWELL_SECONDS:
+        if seconds > _FAREWELL_SECONDS and not self._stopping_late:
+            self._stopping_late = True
+            for rank in self._members:
+                log.info("worker %d is still loading or waiting; all rows are there, and it is asked to stop", rank)
             self._stop_all()
 
     def _kill(self, rank: int) -> None:
@@ -297,6 +301,8 @@ def _ended(ending: Ending) -> str:
 def _how(problem: Exception) -> str:
     """What Ray says of a death, in one line."""
     text = str(problem)
+    if type(problem).__name__ == "ActorUnavailableError":
+        return "it cannot be reached"
     if "low on memory" in text or "memory pressure" in text:
         return "its node ran low on memory"
     because = re.search(r"because (its .*?)(?:[.:\n]|$)", text)

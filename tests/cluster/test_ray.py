@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,7 +220,7 @@ def test_this_host_alone_has_too_little_and_says_so_at_once(vlm_batch: CommandLi
     assert "Traceback" not in said
 
 
-# Runs of the demo model on that cluster -----------------------------------------------------------------------------
+# Runs on that cluster -----------------------------------------------------------------------------------------------
 
 
 def answers(output_dir: Path) -> list[dict[str, Any]]:
@@ -226,31 +228,59 @@ def answers(output_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def on(cluster: Any) -> tuple[str, ...]:
+    """Two actors, one on each node."""
+    return "cluster=ray", f"cluster.address={cluster.address}", "cluster.workers=2", "cluster.cpus=1"
+
+
+@pytest.mark.slow
+def test_two_actors_answer_what_one_process_answers(cluster: Any, vlm_batch: CommandLine, tmp_path: Path) -> None:
+    """With the demo model; the other runs here have one that is quick to load."""
+    vlm_batch(*JOB, "output_dir=one")
+    done = vlm_batch(*JOB, *on(cluster), "output_dir=two")
+    assert answers(tmp_path / "two") == answers(tmp_path / "one")
+    assert done.stdout.count("rows     300 of 300 done") == 1 and ", 2 workers" in done.stdout
+    assert "(worker 0 pid=" in done.stderr and "(worker 1 pid=" not in done.stderr, "what both do alike is said by one"
+    assert "no model was loaded" in vlm_batch(*JOB, *on(cluster), "output_dir=two").stdout
+
+
+RUN = [sys.executable, str(Path(__file__).parent / "ray_run.py"), *JOB]
+
+
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What one process answers."""
     folder = tmp_path_factory.mktemp("one")
-    subprocess.run([sys.executable, "-m", "pipeline", *JOB, "output_dir=one"], cwd=folder, check=True)
+    subprocess.run([*RUN, "output_dir=one"], cwd=folder, check=True, timeout=120)
     return answers(folder / "one")
 
 
-def begun(cluster: Any, folder: Path) -> subprocess.Popen[str]:
-    """A run by two actors, one on each node, that has its first answers."""
-    on_ray = ("cluster=ray", f"cluster.address={cluster.address}", "cluster.workers=2", "cluster.cpus=1")
-    words = [sys.executable, "-m", "pipeline", *JOB, *on_ray, "output_dir=two"]
+@contextmanager
+def begun(cluster: Any, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run by two actors that has its first answers."""
+    words = [*RUN, *on(cluster), "output_dir=two"]
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_journal(folder / "two", process)
-    deadline = time.monotonic() + 60
-    while len(pids(folder)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, "two were to begin"
-        time.sleep(0.05)
-    return process
+    try:
+        wait_for_journal(folder / "two", process)
+        deadline = time.monotonic() + 60
+        while len(pids(folder)) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, "two were to begin"
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def pids(folder: Path) -> dict[int, int]:
     """The processes of the ranks."""
     stats = [json.loads(path.read_text()) for path in (folder / "two" / "stats").glob("worker-*.json")]
     return {one["rank"]: one["pid"] for one in stats}
+
+
+def states(folder: Path) -> set[str]:
+    """How the workers ended, by their own account."""
+    return {json.loads(path.read_text())["state"] for path in (folder / "two" / "stats").iterdir()}
 
 
 def wait_for_end(pid: int) -> None:
@@ -265,14 +295,15 @@ def test_the_shards_of_a_killed_actor_are_done_in_the_same_run(
     cluster: Any, wanted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """Fault 16: Ray, kill -9 of an actor in the middle: it is started again, and the run ends with all rows."""
-    process = begun(cluster, tmp_path)
-    os.kill(pids(tmp_path)[1], signal.SIGKILL)
-    printed, said = process.communicate(timeout=200)
+    with begun(cluster, tmp_path) as process:
+        os.kill(pids(tmp_path)[1], signal.SIGKILL)
+        printed, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert "worker 1 died: its worker process has died; it is started again (1 of 16 times)" in said
     assert printed.count("rows     300 of 300 done") == 1
     assert answers(tmp_path / "two") == wanted
-    assert "(worker 0 pid=" in said and "Traceback" not in said
+    assert "Traceback" not in said
+    assert "(raylet)" not in printed, "what Ray says is no output of the command"
 
 
 @pytest.mark.slow
@@ -280,17 +311,17 @@ def test_a_lost_node_leaves_its_shards_to_the_others(
     cluster: Any, wanted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """Fault 16: Ray, kill -9 of a whole node: its worker waits for room, another one does the rest."""
-    process = begun(cluster, tmp_path)
     (node,) = cluster.worker_nodes
-    actors = pids(tmp_path)
-    cluster.remove_node(node, allow_graceful=False)
-    try:
-        printed, said = process.communicate(timeout=200)
-    finally:
-        cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-        cluster.wait_for_nodes()
+    with begun(cluster, tmp_path) as process:
+        actors = pids(tmp_path)
+        cluster.remove_node(node, allow_graceful=False)
+        try:
+            printed, said = process.communicate(timeout=200)
+        finally:
+            cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+            cluster.wait_for_nodes()
     assert process.returncode == 0, said
-    assert "died: its node has died; it is started again" in said
+    assert re.search("died: (its node has died|it cannot be reached); it is started again", said)
     assert printed.count("rows     300 of 300 done") == 1
     assert answers(tmp_path / "two") == wanted
     for pid in actors.values():
@@ -300,21 +331,20 @@ def test_a_lost_node_leaves_its_shards_to_the_others(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_goes_on_without_ray(
-    number: signal.Signals, cluster: Any, wanted: list[dict[str, Any]], vlm_batch: CommandLine, tmp_path: Path
+    number: signal.Signals, cluster: Any, wanted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """Fault 16, 17: Ray, the command itself is stopped or killed: no actor stays, and one process does the rest."""
-    process = begun(cluster, tmp_path)
-    actors = pids(tmp_path)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=100)
-    for pid in actors.values():
-        wait_for_end(pid)
+    with begun(cluster, tmp_path) as process:
+        actors = pids(tmp_path)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=100)
+        for pid in actors.values():
+            wait_for_end(pid)
     if number == signal.SIGTERM:
         assert process.returncode == 75 and said.count("Run the same command again") == 1, said
-        assert {json.loads(path.read_text())["state"] for path in (tmp_path / "two" / "stats").iterdir()} == {
-            "interrupted"
-        }
-    vlm_batch(*JOB, "output_dir=two")
+        assert states(tmp_path) == {"interrupted"}
+    assert len(list((tmp_path / "two" / "data").iterdir())) < 15, "it was stopped in the middle"
+    subprocess.run([*RUN, "output_dir=two"], cwd=tmp_path, check=True, timeout=120)
     assert answers(tmp_path / "two") == wanted
 
 
@@ -322,30 +352,24 @@ def test_a_stopped_run_goes_on_without_ray(
 
 
 @pytest.mark.slow
-def test_a_stage_of_ray_data_answers_as_a_run_does(cluster: Any, wanted: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_a_stage_of_ray_data_answers_as_a_run_does(cluster: Any, vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Fault 38: Ray Data, an image that is none has its error in its row, and its neighbours have their answers."""
     table = pq.read_table(CHECKOUT / "pipeline" / "dataset" / "demo.parquet").slice(0, 6)
     cells = table["images"].to_pylist()
     cells[1] = [{"bytes": b"no image", "path": None}]
-    table = table.set_column(
-        table.schema.get_field_index("images"), table.schema.field("images"), pa.array(cells, table["images"].type)
-    )
-    pq.write_table(table, tmp_path / "rows.parquet")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "ray_data_job.py"), cluster.address, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    place = table.schema.get_field_index("images")
+    images = pa.array(cells, table.schema.field("images").type)
+    pq.write_table(table.set_column(place, "images", images), tmp_path / "rows.parquet")
+    words = [sys.executable, str(Path(__file__).parent / "ray_data_job.py"), cluster.address, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     rows = {row["id"]: row for row in json.loads((tmp_path / "answers.json").read_text())}
-    assert len(rows) == 6
-    for right in wanted[:6]:
-        if right["row_index"] == 1:
-            assert rows[right["id"]]["error_stage"] == "decode" and rows[right["id"]]["response"] is None
-        else:
-            assert rows[right["id"]]["response"] == right["response"], right["id"]
+    vlm_batch("run", "dataset.max_rows=6", "output_dir=one")
+    by_run = pq.read_table(tmp_path / "one" / "data").to_pylist()
+    assert set(rows) == {row["id"] for row in by_run}
+    bad = rows.pop(table["id"][1].as_py())
+    assert (bad["status"], bad["error_stage"], bad["response"]) == ("error", "decode", None)
+    assert rows == {row["id"]: {name: row[name] for name in bad} for row in by_run if row["id"] in rows}
 
 
 def test_a_batch_of_arrays_comes_back_as_arrays() -> None:

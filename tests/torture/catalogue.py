@@ -16,7 +16,6 @@ TESTS = Path(__file__).resolve().parents[1]
 NUMBERS = (*map(str, range(1, 53)), *(f"S-{n}" for n in range(1, 10)), *(f"P-{n}" for n in range(1, 5)))
 # What does not apply, or not yet: number -> why.
 OPEN = {
-    "16": "Ray and Slurm launchers are not in this version",
     "21": "output folders are local in this version; stores without rename are not written to",
 }
 _DOC = re.compile(r"Faults? ((?:[SP]-)?\d+(?:, (?:[SP]-)?\d+)*): (.+)")
