@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.base import Job
-from pipeline.cluster.ray_worker import Ending, Place, Task, Worker, ask_to_stop, plan_in
+from pipeline.cluster.ray_worker import Bell, Ending, Place, Task, Worker, plan_in
 from pipeline.errors import Interrupted, RunFailed, UsageError
 from pipeline.ranks import Ranks
 from pipeline.shown import shown
@@ -35,6 +35,7 @@ _GATHER_SECONDS = 5.0  # those who have a place wait for others, to know how man
 _PATIENCE_SECONDS = 10.0  # until it is said that there is no room, and again every so often
 _REMINDER_SECONDS = 60.0
 _FAREWELL_SECONDS = 5.0  # for the others, once all rows are there; then they are asked to stop
+_RING_SECONDS = 10.0
 _LAST_SECONDS = 120.0  # then they are not waited for
 
 
@@ -78,7 +79,6 @@ class _Member:
     reply: Any
     place: Place | None = None
     at_work: bool = False
-    asked_to_stop: bool = False
 
 
 class RayCrew:
@@ -97,11 +97,11 @@ class RayCrew:
         self._members: dict[int, _Member] = {}
         self._endings: dict[int, Ending] = {}
         self._num_restarts: Counter[int] = Counter()
-        self._requests: dict[Any, int] = {}  # to stop, on their way, and whom they are for
         self._gathered_at = self._looked_at = time.monotonic()
         self._num_missed = 0  # of whom it was said that there is no room
         self._done_at: float | None = None
-        self._stopping_late = False  # those who have not found out that all is done
+        self._bell: Any = None
+        self._has_rung = False
 
     def run(self) -> None:
         """Start all, and return when the work is done.
@@ -111,20 +111,22 @@ class RayCrew:
             RunFailed, UsageError: all have ended, and none of them because the work was done.
         """
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        num_listeners = (self._max_restarts + 1) * self._demand.num_workers + 1  # and who rings
+        self._bell = (
+            ray.remote(Bell).options(num_cpus=0, max_concurrency=num_listeners, scheduling_strategy=here).remote()
+        )
         for rank in range(self._demand.num_workers):
             self._start(rank)
         self._gathered_at = self._looked_at = time.monotonic()
         while self._members:
             replies = {member.reply: rank for rank, member in self._members.items() if member.reply is not None}
-            awaited = [*replies, *self._requests]
-            if not awaited:  # all have a place, or will have one in a moment
+            if not replies:  # all have a place, or will have one in a moment
                 time.sleep(_SHORT_SECONDS)
-            for reference in ray.wait(awaited, timeout=_WATCH_SECONDS)[0] if awaited else ():
-                if reference in replies:
-                    self._hear(replies[reference], reference)
-                else:
-                    self._hear_request(reference)
+            for reference in ray.wait(list(replies), timeout=_WATCH_SECONDS)[0] if replies else ():
+                self._hear(replies[reference], reference)
             self._hand_out()
             self._say_who_waits()
             if self._signals.stop:
@@ -202,7 +204,7 @@ class RayCrew:
             assert member.place is not None
             host = [other for other, its in placed if its.place and its.place.host == member.place.host]
             ranks = Ranks(rank, self._demand.num_workers, host.index(rank), len(host))
-            member.reply = member.actor.work.remote(self._task, ranks)
+            member.reply = member.actor.work.remote(self._task, ranks, self._bell)
             member.at_work = True
 
     def _say_who_waits(self) -> None:
@@ -234,32 +236,19 @@ class RayCrew:
 
     def _stop_all(self) -> None:
         """Ask those at work to stop, in the way of signals, and dismiss the others."""
+        import ray
+
         for rank, member in list(self._members.items()):
             if not member.at_work:
                 self._end(rank, Ending(Interrupted.exit_code, "had not begun"))
-            elif not member.asked_to_stop:
-                member.asked_to_stop = True
-                self._request(rank)
-
-    def _request(self, rank: int) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        place = self._members[rank].place
-        assert place is not None
-        there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-        request = ray.remote(ask_to_stop).options(num_cpus=0, max_retries=2, scheduling_strategy=there)
-        self._requests[request.remote(place.pid)] = rank
-
-    def _hear_request(self, reference: Any) -> None:
-        import ray
-
-        rank = self._requests.pop(reference)
+        if self._has_rung:
+            return
+        self._has_rung = True
         try:
-            ray.get(reference)
-        except ray.exceptions.RayError as problem:  # the process or its node is gone, or cannot be reached
-            if rank in self._members:
-                log.warning("worker %d cannot be asked to stop: %s; it is ended", rank, _how(problem))
+            ray.get(self._bell.ring.remote(), timeout=_RING_SECONDS)
+        except ray.exceptions.RayError as problem:  # its process is gone, and nothing else reaches them
+            log.warning("workers cannot be asked to stop (%s); they are ended", _how(problem))
+            for rank in self._members:
                 self._kill(rank)
 
     def _part(self, seconds: float) -> None:
@@ -267,8 +256,7 @@ class RayCrew:
         for rank, member in list(self._members.items()):
             if not member.at_work or seconds > _LAST_SECONDS:
                 self._end(rank, Ending(Interrupted.exit_code, "was not needed any more"))
-        if seconds > _FAREWELL_SECONDS and not self._stopping_late:
-            self._stopping_late = True
+        if seconds > _FAREWELL_SECONDS and not self._has_rung:
             for rank in self._members:
                 log.info("worker %d is still loading or waiting; all rows are there, and it is asked to stop", rank)
             self._stop_all()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.ending import log_to_stderr
 from pipeline.errors import Interrupted, UsageError, VlmBatchError
@@ -25,9 +28,7 @@ _POLL_SECONDS = 0.5
 class Place:
     """Where an actor is."""
 
-    node_id: str
     host: str
-    pid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,11 @@ class Worker:
 
     def place(self) -> Place:
         """Where it is."""
-        import ray
+        return Place(socket.gethostname())
 
-        return Place(ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
-
-    def work(self, task: Task, ranks: Ranks) -> Ending:
+    def work(self, task: Task, ranks: Ranks, bell: Any) -> Ending:
         """Do it; nothing is raised, so that a sentence arrives as a sentence."""
+        threading.Thread(target=_listen, args=(bell,), name="bell", daemon=True).start()
         log_to_stderr(level=logging.WARNING if ranks.rank else logging.INFO)
         try:
             enter(task)
@@ -98,10 +98,28 @@ class Worker:
         return Ending(0)
 
 
-def ask_to_stop(pid: int) -> None:
-    """A task for the host of an actor, whose own thread is at work."""
-    with suppress(ProcessLookupError):  # it has just ended
-        os.kill(pid, signal.SIGTERM)
+class Bell:
+    """An actor that all others listen to: when it rings, they stop, as by a signal."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+
+    async def ring(self) -> None:
+        """Now."""
+        self._rung.set()
+
+    async def rung(self) -> None:
+        """Return once it has."""
+        await self._rung.wait()
+
+
+def _listen(bell: Any) -> None:
+    """The thread of a worker that hears the bell: its main thread is at work, and hears signals alone."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):  # nobody can ring it any more
+        ray.get(bell.rung.remote())
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def enter(task: Task) -> None:
