@@ -82,6 +82,13 @@ def workers(
     """The processes that render, open and encode; they start while the model loads."""
     shipping = chosen_shipping(config, identity, template)
     options = preparation_options(config, identity, template, plan.fingerprint, plan.created[:10], shipping)
+    return preparation_pool(config, options, batcher)
+
+
+def preparation_pool(
+    config: RunConfig, options: PreparationOptions, batcher: Batcher
+) -> WorkerPool[Task, list[EncodedSample | Answer]]:
+    """Such processes, for whatever rows they are given."""
     return WorkerPool(
         partial(Preparation, options),
         num_workers=config.engine.num_workers or default_num_workers(),

@@ -18,7 +18,7 @@ LAYERS = [
     {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog"},
     {"assembly", "audit", "manifest"},
     {"compose", "run"},
-    {"preview"},
+    {"preview", "ray_data"},
     {"__main__"},
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.cluster.base import ClusterConfig
 from pipeline.cluster.gpus import GpusConfig
 from pipeline.cluster.local import LocalConfig
+from pipeline.cluster.ray import RayConfig
 from pipeline.cluster.slurm import SlurmConfig
 
 CLUSTERS: dict[str, type[ClusterConfig]] = {
@@ -13,5 +14,6 @@ CLUSTERS: dict[str, type[ClusterConfig]] = {
         LocalConfig,
         GpusConfig,
         SlurmConfig,
+        RayConfig,
     )
 }

@@ -48,6 +48,10 @@ def all_misused(folder: Path, rank: int, world: int) -> None:
     raise UsageError("no such key")
 
 
+def has_a_bug(folder: Path, rank: int, world: int) -> None:
+    raise ZeroDivisionError("a bug")
+
+
 def waits(folder: Path, rank: int, world: int) -> None:
     """Until a signal; then ends as a run does."""
 

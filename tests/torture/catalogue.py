@@ -15,8 +15,7 @@ from typing import NamedTuple
 TESTS = Path(__file__).resolve().parents[1]
 NUMBERS = (*map(str, range(1, 53)), *(f"S-{n}" for n in range(1, 10)), *(f"P-{n}" for n in range(1, 5)))
 # What does not apply, or not yet: number -> why.
-OPEN: dict[str, str] = {
-}
+OPEN: dict[str, str] = {}
 _DOC = re.compile(r"Faults? ((?:[SP]-)?\d+(?:, (?:[SP]-)?\d+)*): (.+)")
 
 
