@@ -109,7 +109,7 @@ def status_lines(output_dir: Place, status: Status) -> Iterator[str]:
         yield from _worker_lines(running)
 
 
-def progress_line(output_dir: Path) -> str:
+def progress_line(output_dir: Place) -> str:
     """How far a run is, in one line.
 
     Raises:
