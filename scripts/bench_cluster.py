@@ -37,7 +37,7 @@ PINNED = Path(__file__).with_name("bench_pinned.py")
 FAKE_MODEL = [sys.executable, "-c", "import fake_model; fake_model.start()"]
 NUM_WORKERS, SLOWER = 8, 10.0
 BATCH_ROWS, BATCH_SECONDS = 3, 0.06
-STRAGGLER_SECONDS = 40.0  # as long as it would take at best
+STRAGGLER_SECONDS = 30.0  # as long as it would take at best
 STRAGGLER_SHARD_ROWS = 100  # 2 s of a worker, 20 s of the slow one
 NUM_REPORTING = 200
 PATIENCE_SECONDS = 600.0
@@ -45,10 +45,13 @@ PATIENCE_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One run of `processes`."""
+    """One run of `processes`. Its rate is the sum of the workers', each from when it had loaded to the end of all."""
 
-    rows_per_second: float  # of all workers, each from when its model was loaded until all rows were there
+    rows_per_second: float
     wall_rows_per_second: float  # of the whole command
+    waiting: float  # share of the workers' time that they waited for input
+    cpu_seconds: float  # for 1,000 rows, once all are loaded
+    load_average: float
 
 
 def processes(sizes: Sizes, folder: Path) -> list[Figure]:
@@ -62,24 +65,25 @@ def processes(sizes: Sizes, folder: Path) -> list[Figure]:
     for number in range(sizes.rounds):
         for name in reversed(words) if number % 2 else words:
             sides[name].append(pinned(rows, sizes.speed_rows, folder, words[name]))
+    figures = []
+    for name, found in sides.items():
+        side = f"{name} process{'es' * (name == 'two')}"
+        note = f"{sizes.speed_rows:,} rows"
+        figures += [
+            Figure(f"{side}: without start-up", "rows/s", [run.rows_per_second for run in found], note=note),
+            Figure(f"{side}: whole command", "rows/s", [run.wall_rows_per_second for run in found], note=note),
+            Figure(f"{side}: CPU time, without start-up", "s per 1,000 rows", [run.cpu_seconds for run in found]),
+            Figure(f"{side}: waiting for input", "share", [run.waiting for run in found]),
+            Figure(f"{side}: load average after it", "processes", [run.load_average for run in found]),
+        ]
     pairs = list(zip(sides["one"], sides["two"], strict=True))
-    note = f"{sizes.speed_rows:,} rows"
+    work = [two.rows_per_second / one.rows_per_second for one, two in pairs]
+    whole = [two.wall_rows_per_second / one.wall_rows_per_second for one, two in pairs]
     return [
-        *(
-            Figure(f"{name} process{'es' * (name == 'two')}: models loaded to all rows there", "rows/s",
-                   [side.rows_per_second for side in found], note=note)
-            for name, found in sides.items()
-        ),
-        *(
-            Figure(f"{name} process{'es' * (name == 'two')}: whole command", "rows/s",
-                   [side.wall_rows_per_second for side in found], note=note)
-            for name, found in sides.items()
-        ),
-        compared("two processes / one, without start-up", "x",
-                 [two.rows_per_second / one.rows_per_second for one, two in pairs], ">= 1.7", sizes),
-        Figure("two processes / one, with start-up", "x",
-               [two.wall_rows_per_second / one.wall_rows_per_second for one, two in pairs]),
-    ]  # fmt: skip
+        *figures,
+        compared("two processes / one, without start-up", "x", work, ">= 1.7", sizes),
+        Figure("two processes / one, with start-up", "x", whole),
+    ]
 
 
 def pinned(rows: Path, num_rows: int, folder: Path, words: Sequence[str]) -> Side:
@@ -90,9 +94,18 @@ def pinned(rows: Path, num_rows: int, folder: Path, words: Sequence[str]) -> Sid
     workers = [json.loads(path.read_text()) for path in (output_dir / "stats").glob("worker-*.json")]
     if (answered := sum(worker["num_answered"] for worker in workers)) < num_rows:
         raise RuntimeError(f"{answered} rows answered by {len(workers)} workers, expected {num_rows}")
-    ended = max(worker["updated"] for worker in workers)
-    loaded = min(worker["started"] + worker["loading_seconds"] for worker in workers)
-    return Side(num_rows / (ended - loaded), num_rows / trace.wall_seconds)
+    loaded = max(worker["started"] + worker["loading_seconds"] for worker in workers)
+    rows_left = num_rows - sum(
+        worker["rows_per_second"] * (loaded - worker["started"] - worker["loading_seconds"]) for worker in workers
+    )
+    at_work = sum(worker["seconds"] - worker["loading_seconds"] for worker in workers)
+    return Side(
+        rows_per_second=sum(worker["rows_per_second"] for worker in workers),
+        wall_rows_per_second=num_rows / trace.wall_seconds,
+        waiting=sum(worker["waiting_for_input_seconds"] for worker in workers) / at_work,
+        cpu_seconds=1000 * trace.cpu_seconds_after(loaded) / max(1.0, rows_left),
+        load_average=os.getloadavg()[0],
+    )
 
 
 def straggler(sizes: Sizes, folder: Path) -> list[Figure]:
@@ -101,7 +114,7 @@ def straggler(sizes: Sizes, folder: Path) -> list[Figure]:
         "8 workers alike": [BATCH_SECONDS] * NUM_WORKERS,
         "one of 8 ten times slower": [BATCH_SECONDS] * (NUM_WORKERS - 1) + [BATCH_SECONDS * SLOWER],
     }
-    seconds = STRAGGLER_SECONDS if sizes.judged else 2.0
+    seconds = STRAGGLER_SECONDS if sizes.judged else 8.0  # each worker reads some hundred rows ahead
     found: dict[str, list[float]] = {name: [] for name in paces}
     for _ in range(sizes.rounds):
         for name, batch_seconds in paces.items():

@@ -18,7 +18,8 @@ from pipeline.run import prepare, run
 
 def on_one_core(work: Callable[[int, int], None], cores: Sequence[int], rank: int, world: int) -> None:
     """What a rank does, on the core that is its own; threads and processes that it starts stay there."""
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    for thread in os.listdir("/proc/self/task"):  # libraries have begun some
+        os.sched_setaffinity(int(thread), {cores[rank % len(cores)]})
     work(rank, world)
 
 

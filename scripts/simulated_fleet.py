@@ -272,9 +272,7 @@ class Simulation:
     def _looked(self, worker: Worker, now: float) -> None:
         """It knows data/ and work/ as they are now."""
         if not self._num_left:
-            worker.life.ended = now
-            worker.version += 1
-            return
+            return self._leave(worker, now)
         worker.listed, worker.num_refused = now, 0
         worker.cursor, worker.lowest, worker.wrapped = len(self._states) - 1, 0, True
         if self._protocol.order is Order.scattered:
@@ -324,9 +322,18 @@ class Simulation:
         self._on(now + worker.poll_seconds, self._poll, worker)
 
     def _poll(self, worker: Worker, now: float) -> None:
-        if self._protocol.watch is Watch.one and self._num_left:
-            return self._on(self._one_by_one(Kind.HEAD, now, 1), self._idle, worker)
-        self._look_again(worker, now)
+        if self._protocol.watch is Watch.listing:
+            self._look_again(worker, now)
+            return
+        over = self._one_by_one(Kind.HEAD, now, 1)
+        if not self._num_left:
+            return self._leave(worker, over)
+        self._on(self._one_by_one(Kind.LIST, over, self._protocol.pages(2 * len(self._attempts))), self._idle, worker)
+
+    def _leave(self, worker: Worker, now: float) -> None:
+        """All is done, and it knows."""
+        worker.life.ended = now
+        worker.version += 1
 
     def _die(self, worker: Worker, now: float) -> None:
         """Without a word: its claim holds until the lease is over, and what was not synced is lost."""

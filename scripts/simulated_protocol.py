@@ -39,8 +39,8 @@ class Order(StrEnum):
 class Watch(StrEnum):
     """How a worker that has nothing to do learns that all is done."""
 
-    listing = "listing"  # a LIST of data/
-    one = "one"  # a HEAD of one shard that was not there when it looked last
+    listing = "listing"  # a LIST of data/ and of work/
+    mark = "mark"  # a HEAD of something that is there when all is done, and a LIST of work/
 
 
 Asked = dict[Kind, int]

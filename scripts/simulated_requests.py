@@ -13,21 +13,22 @@ from simulated_protocol import PRICES, Asked, Kind
 Floats = npt.NDArray[np.float64]
 
 
-def _columns() -> dict[Kind, tuple[array[float], array[float], array[float]]]:
+def _spans() -> dict[Kind, tuple[array[float], array[float], array[float]]]:
     return defaultdict(lambda: (array("d"), array("d"), array("d")))
 
 
 @dataclass(slots=True)
 class Requests:
-    """Collected as moments and as spans; looked at as a histogram with a bin a second."""
+    """A histogram for each kind, with a bin a second. What is asked in between is counted where it belongs."""
 
-    _moments: dict[Kind, list[tuple[Floats, Floats]]] = field(default_factory=lambda: defaultdict(list))
-    _spans: dict[Kind, tuple[array[float], array[float], array[float]]] = field(default_factory=_columns)
+    _by_second: dict[Kind, Floats] = field(default_factory=lambda: defaultdict(lambda: np.zeros(1)))
+    _spans: dict[Kind, tuple[array[float], array[float], array[float]]] = field(default_factory=_spans)
 
     def at(self, asked: Asked, moments: Floats, times: Floats | None = None) -> None:
         """What is asked at each of the moments, or so many times at each."""
+        found = np.bincount(moments.astype(np.int64), times).astype(np.float64)
         for kind, number in asked.items():
-            self._moments[kind].append((moments, number * (np.ones(len(moments)) if times is None else times)))
+            self._by_second[kind] = _sum(self._by_second[kind], number * found)
 
     def every(self, asked: Asked, starts: Floats, stops: Floats, interval: float) -> None:
         """What is asked each `interval` seconds after each start, before its stop."""
@@ -39,12 +40,12 @@ class Requests:
             self.at(asked, starts + number * interval)
 
     def span(self, kind: Kind, start: float, stop: float, number: int) -> None:
-        """So many, one after the other."""
+        """So many, one after the other; each counts in every second as far as it lies in it."""
         for column, value in zip(self._spans[kind], (start, stop, number), strict=True):
             column.append(value)
 
     def total(self, kind: Kind) -> int:
-        return round(sum(float(times.sum()) for _, times in self._moments[kind]) + sum(self._spans[kind][2]))
+        return round(float(self.by_second(kind).sum()))
 
     @property
     def price(self) -> float:
@@ -54,17 +55,15 @@ class Requests:
         """How many of these kinds in each second from 0."""
         found = np.zeros(1)
         for kind in kinds:
-            for moments, times in self._moments[kind]:
-                found = _sum(found, np.bincount(moments.astype(np.int64), times).astype(np.float64))
-            start, stop, number = (np.array(column) for column in self._spans[kind])
-            found = _sum(found, _spread(start, stop, number))
+            if kind in self._spans:
+                start, stop, number = (np.array(column) for column in self._spans.pop(kind))
+                self._by_second[kind] = _sum(self._by_second[kind], _spread(start, stop, number))
+            found = _sum(found, self._by_second[kind])
         return found
 
 
 def _spread(start: Floats, stop: Floats, number: Floats) -> Floats:
-    """Spans as a histogram: each counts in every second as far as it lies in it."""
-    if not len(start):
-        return np.zeros(1)
+    """Spans as a histogram."""
     first, last = start.astype(np.int64), stop.astype(np.int64)
     size = int(last.max()) + 2
     rate = number / np.maximum(stop - start, 1e-12)
