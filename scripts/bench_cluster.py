@@ -78,11 +78,13 @@ def processes(sizes: Sizes, folder: Path) -> list[Figure]:
         ]
     pairs = list(zip(sides["one"], sides["two"], strict=True))
     work = [two.rows_per_second / one.rows_per_second for one, two in pairs]
+    used = [2 * one.cpu_seconds / two.cpu_seconds for one, two in pairs]
     whole = [two.wall_rows_per_second / one.wall_rows_per_second for one, two in pairs]
     return [
         *figures,
         compared("two processes / one, without start-up", "x", work, ">= 1.7", sizes),
         Figure("two processes / one, with start-up", "x", whole),
+        Figure("two processes / one, by CPU time of a row", "x", used, note="were no core shared with anything else"),
     ]
 
 
