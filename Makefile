@@ -6,10 +6,10 @@ VLLM_VENV ?= .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow torture coverage models check bench bench-long bench-gpu gpu vllm clean
+.PHONY: help setup demo test slow torture coverage models check bench bench-long bench-cluster bench-gpu gpu vllm clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 # torch first and by itself: with it in place nothing draws in another build with gigabytes of CUDA.
 $(BIN)/vlm-batch: pyproject.toml constraints.txt
@@ -60,6 +60,9 @@ bench-long: $(VENV)/.dev  ## all workloads, all sides, three rounds, and the mai
 	$(BIN)/python scripts/bench_engines.py --output outputs/bench --rounds 3 --group features --group compiled --group more \
 	--workload captions --workload long --workload short --workload questions; engines=$$?; \
 	$(BIN)/python scripts/bench.py --output outputs/bench && exit $$engines
+
+bench-cluster: $(VENV)/.dev  ## two processes against one, a slow worker among eight, status of 200 workers (15 minutes)
+	$(BIN)/python scripts/bench_cluster.py --output outputs/bench
 
 # No setup: a Python with CUDA's torch, transformers, accelerate and pytest is enough (make gpu GPU_PYTHON=python3). A check
 # whose package is missing (optimum-quanto, flash-attn, flash-attn-4) says so in the results and is not measured.

@@ -6,9 +6,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def compared(name: str, unit: str, samples: Sequence[float], target: str, sizes:
     """A figure whose median is held against a target such as ">= 4" or "< 30"."""
     sign, _, bound = target.partition(" ")
     median = statistics.median(samples)
-    passed = {"<": median < float(bound), ">": median > float(bound), ">=": median >= float(bound)}[sign]
+    held: dict[str, Callable[[float, float], bool]] = {"<": lt, "<=": le, ">": gt, ">=": ge}
+    passed = held[sign](median, float(bound))
     return Figure(name, unit, samples, target, passed if sizes.judged else None, note)
 
 

@@ -6,7 +6,6 @@ Command line, plan, worker processes, feed and ledger are the program's own; onl
 checks of a real model are not. It starts without torch, in half a second.
 
 FAKE_MODEL_POISON=ID,ID has the whole process end, as by a fault in a kernel, once one of these rows is in a batch.
-FAKE_MODEL_SECONDS=SECONDS is how long a batch takes.
 FAKE_MODEL_LOG=FILE gets a line for each answer that was generated ("made KEY"), and for each that the disk has in a
 journal ("kept KEY"): what may not be generated again; and one for each worker ("began ATTEMPT").
 FAKE_MODEL_CLOCK=+3600 or -3600 has the process see another time of day, "frozen" one that stands still, and "jumping"
@@ -14,6 +13,8 @@ one that goes an hour forth and back. Durations have a clock of their own, and f
 FAKE_MODEL_LEASE=SECONDS is how long a claim holds.
 FAKE_MODEL_GATES=FOLDER has the process wait, before it plans and again before it takes a shard, until there is a file
 FOLDER/plan or FOLDER/work; meanwhile it stands there as FOLDER/plan.PID or FOLDER/work.PID.
+FAKE_MODEL_GATED=answers has it wait for FOLDER/answers alone, when its first batch is ready.
+FAKE_MODEL_BATCH_ROWS=NUMBER and FAKE_MODEL_BATCH_SECONDS=SECONDS are how much it answers at once, and how fast.
 """
 
 from __future__ import annotations
@@ -48,9 +49,8 @@ from pipeline.write.claim import LEASE_SECONDS, Claims
 from pipeline.write.journal import Journal
 
 LOG, POISON, BATCH_ROWS = "FAKE_MODEL_LOG", "FAKE_MODEL_POISON", "FAKE_MODEL_BATCH_ROWS"
-SECONDS = "FAKE_MODEL_SECONDS"
 CLOCK, LEASE, GATES = "FAKE_MODEL_CLOCK", "FAKE_MODEL_LEASE", "FAKE_MODEL_GATES"
-BATCH_SECONDS = 0.004
+GATED, BATCH_SECONDS = "FAKE_MODEL_GATED", "FAKE_MODEL_BATCH_SECONDS"
 FROZEN_AT = 1_800_000_000.0
 
 
@@ -90,9 +90,11 @@ class FakeEngine:
 
     def answers(self, samples: Iterator[EncodedSample]) -> Iterator[Answer]:
         num_rows = int(os.environ.get(BATCH_ROWS, "3"))
+        seconds = float(os.environ.get(BATCH_SECONDS, "0.004"))
         poison = [name for name in os.environ.get(POISON, "").split(",") if name]
         while not self._stop.requested and (batch := list(islice(samples, num_rows))):
-            time.sleep(float(os.environ.get(SECONDS, BATCH_SECONDS)))
+            pass_gate("answers")
+            time.sleep(seconds)
             if any(sample.id in poison for sample in batch):
                 os.kill(os.getpid(), signal.SIGKILL)
             log("made", [_words(*sample.key) for sample in batch])
@@ -175,7 +177,8 @@ def set_clock(words: str) -> None:
 
 def pass_gate(name: str) -> None:
     """Wait until the test opens it, so that many processes go on at one moment."""
-    if folder := os.environ.get(GATES):
+    folder = os.environ.get(GATES)
+    if folder and name in os.environ.get(GATED, "plan,work").split(","):
         gate, deadline = Path(folder) / name, time.monotonic() + 120
         gate.with_name(f"{name}.{os.getpid()}").touch()
         while not gate.exists():

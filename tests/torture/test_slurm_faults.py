@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from command_line import CHECKOUT
-from fake_model import LOG, SECONDS
+from fake_model import BATCH_SECONDS, LOG
 from faultbox import PROGRAM, Box, Found
 from slurm_node import ask, job_of, needs_slurm, num_restarts, states, wait_until, wait_until_all
 
@@ -24,7 +24,7 @@ SHARD_ROWS = 8
 
 def box_of(folder: Path, num_rows: int = 240, *, batch_seconds: float) -> Box:
     box = Box(folder / "box", num_rows, shard_rows=SHARD_ROWS)
-    box.environment = {SECONDS: str(batch_seconds)}
+    box.environment = {BATCH_SECONDS: str(batch_seconds)}
     return box
 
 
