@@ -107,15 +107,15 @@ def test_who_is_second_drops_the_shard(pair: Pair) -> None:
 
 def test_an_answer_that_both_give_counts_once(pair: Pair) -> None:
     pair.begin_to_help()
-    pair.helper.record(answer(pair.keys[5], "of the helper"))
+    for key in pair.keys[5:7]:
+        pair.helper.record(answer(key, "of the helper"))
     pair.helper.sync()
     pair.owner.sync()
     assert pair.owner.taken(pair.keys[5]) is False
-    pair.owner.record(answer(pair.keys[5], "of the owner, which had it under way"))
-    for key in pair.keys:
-        if key != pair.keys[5]:
-            pair.owner.record(answer(key))
-    assert responses(pair.output_dir, pair.shard)[5] == "of the helper"
+    pair.owner.record(answer(pair.keys[6], "of the owner, which had it under way"))
+    for key in (*pair.keys[:5], *pair.keys[7:]):
+        pair.owner.record(answer(key))
+    assert responses(pair.output_dir, pair.shard)[5:7] == ["of the helper"] * 2
     assert pair.tallies[0].num_done == 10
     pair.helper.sync()
     assert pair.tallies[1].num_done == 10
