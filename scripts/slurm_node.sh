@@ -95,7 +95,10 @@ start() {
 
 stop() {
     is_ours || { echo "no node of slurm_node.sh is here"; return; }
-    if is_up; then scancel --user="$(id -un)" 2>/dev/null || true; fi
+    if is_up; then
+        scancel --user="$(id -un)" 2>/dev/null || true
+        for _ in $(seq 60); do [[ -n $(squeue --noheader) ]] || break; sleep 1; done  # KillWait, and then some
+    fi
     for name in slurmd slurmctld; do
         if runs "$name"; then
             kill "$(cat "$dir/$name.pid")"

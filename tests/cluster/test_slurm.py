@@ -379,11 +379,12 @@ def test_cores_are_those_that_slurm_gives(monkeypatch: pytest.MonkeyPatch) -> No
 
 @needs_slurm
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_array_answers_what_one_process_answers(vlm_batch: CommandLine, tmp_path: Path) -> None:
     words = ("run", "dataset.max_rows=300", "write.shard_rows=20")
     columns = ["id", "row_index", "row_key", "status", "prompt", "response", "finish_reason", "num_generated_tokens"]
     vlm_batch(*words, "output_dir=one")
-    said = vlm_batch(*words, "output_dir=many of them", "cluster=slurm", "cluster.workers=3", "wait=true", timeout=280)
+    said = vlm_batch(*words, "output_dir=many of them", "cluster=slurm", "cluster.workers=3", "wait=true", timeout=600)
     one, many = (
         pq.read_table(tmp_path / name / "data", columns=columns).to_pylist() for name in ("one", "many of them")
     )
