@@ -15,7 +15,7 @@ from pipeline.write.file import Place
 from pipeline.write.goal import FirstAnswers, Goal
 from pipeline.write.retry import Retry, is_meant, roll_forward
 from pipeline.write.schema import OutputSchema
-from pipeline.write.shard import published_shards, shard_files
+from pipeline.write.shard import published_shards, shard_files, summaries_of_plan
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,6 +28,10 @@ class RetryOptions:
 class Agenda:
     """Looks at the output folder once.
 
+    A rank reads the footers of its own shards; of others' it goes by the names, which are given to whole shards alone.
+    If all read all, a thousand workers would read each footer a thousand times. What lies under the name of a shard and
+    is none is found by the rank that the shard belongs to, and by whoever writes the manifest.
+
     Args:
         only: None for the first answers; else the error records of these stages or types, or all, are asked once more.
 
@@ -35,18 +39,25 @@ class Agenda:
         RunFailed: what an earlier start left half done cannot be finished.
     """
 
-    def __init__(self, output_dir: Place, plan: Plan, only: Collection[str] | None) -> None:
-        self._output_dir, self._plan, self._only = output_dir, plan, only
+    def __init__(
+        self, output_dir: Place, plan: Plan, only: Collection[str] | None, rank: int = 0, world: int = 1
+    ) -> None:
+        self._output_dir, self._plan, self._only, self._rank, self._world = output_dir, plan, only, rank, world
         roll_forward(output_dir / "work", output_dir / "data", plan.plan_id)
-        self._published = published_shards(output_dir / "data", plan.plan_id)
+        files = dict(shard_files(output_dir / "data"))
+        of_others = set() if only is not None else {number for number in files if number % world != rank}
+        read = {number: path for number, path in files.items() if number not in of_others}
+        self._published = summaries_of_plan(read, plan.plan_id)
+        self._of_others = {number for number in of_others if number < plan.num_shards}  # by name
+        self._foreign = read.keys() - self._published.keys()
 
-    def shards(self, rank: int, world: int) -> list[Shard]:
-        """Those that lack answers: a rank's own in order, then the others' from the end.
+    def shards(self) -> list[Shard]:
+        """Those that lack answers: the rank's own in order, then the others' from the end.
 
         Others begin with theirs at the beginning, so that one that has time to help meets them late.
         """
-        own = range(rank, self._plan.num_shards, world)
-        others = (number for number in reversed(range(self._plan.num_shards)) if number % world != rank)
+        own = range(self._rank, self._plan.num_shards, self._world)
+        others = (number for number in reversed(range(self._plan.num_shards)) if number % self._world != self._rank)
         return [self._plan.shard(number) for number in (*own, *others) if self._num_lacking(number)]
 
     def num_records(self, shards: Iterable[Shard]) -> int:
@@ -58,6 +69,7 @@ class Agenda:
         for number, summary in self._published.items():
             if not self._num_lacking(number):
                 tally.resume(summary.num_rows, summary.errors)
+        tally.resume(sum(self._num_planned(number) for number in self._of_others), {})
 
     def goal(self, schema: OutputSchema, *, constants: Mapping[str, str | None], compression: str) -> Goal:
         """What is wanted of each shard. constants: the columns that are the same in every record."""
@@ -70,7 +82,7 @@ class Agenda:
             num_samples=plan.num_samples,
             constants=constants,
             compression=compression,
-            foreign={number for number, _ in shard_files(self._output_dir / "data")} - self._published.keys(),
+            foreign=self._foreign,
         )
         if self._only is None:
             return first
@@ -79,10 +91,13 @@ class Agenda:
     def _num_lacking(self, number: int) -> int:
         summary = self._published.get(number)
         if self._only is None:
-            shard = self._plan.shard(number)
-            return 0 if summary else (shard.stop - shard.start) * self._plan.records_per_row
+            return 0 if summary or number in self._of_others else self._num_planned(number)
         errors = summary.errors if summary else {}
         return sum(times for error, times in errors.items() if is_meant(error, self._only))
+
+    def _num_planned(self, number: int) -> int:
+        shard = self._plan.shard(number)
+        return (shard.stop - shard.start) * self._plan.records_per_row
 
 
 def refuse_retry(output_dir: Place, only: Collection[str]) -> None:

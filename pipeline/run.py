@@ -61,16 +61,16 @@ def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) 
     """
     with Interruption(config.grace_seconds) as stop:
         if run_share(config, only, rank, world, stop):
-            conclude(config.output_path)
+            conclude(config.output_path, is_retry=only is not None)
 
 
 def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> bool:
     """The story itself: plan, workers, engine, ledger. Whether there was anything to do."""
     output_dir = config.output_path
-    identity, plan, agenda = begun(config, only)
+    identity, plan, agenda = begun(config, only, rank, world)
     tally = Tally(plan.num_records)
     agenda.settle(tally)
-    todo = agenda.shards(rank, world)
+    todo = agenda.shards()
     if not todo:
         return False  # before anything heavy is imported
     stop.check()
@@ -157,15 +157,24 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
     return True
 
 
-def conclude(output_dir: Place) -> None:
+def conclude(output_dir: Place, *, is_retry: bool) -> None:
     """Write the manifest, unless another rank is just at it: each would read what all have done.
 
+    is_retry: of a run that need not be whole.
+
     Raises:
-        RunFailed: it could not be written.
+        RunFailed: it could not be written, or something else lies under the name of a shard.
     """
     with Claims(output_dir / "plan", uuid.uuid4().hex[:12]) as claims:
-        if claims.take("manifest"):
-            write_manifest(output_dir, read_status(output_dir))
+        if not claims.take("manifest"):
+            return
+        status = read_status(output_dir)
+        if not write_manifest(output_dir, status) and not is_retry:
+            left = status.plan.num_shards - status.num_shards_done
+            raise RunFailed(
+                f"{left} files in {output_dir / 'data'} have names of shards and are none of this run, or went away "
+                "meanwhile. The same command with one worker (cluster=local) makes those shards."
+            )
 
 
 def prepare(config: RunConfig, only: Collection[str] | None) -> bool:
@@ -175,16 +184,18 @@ def prepare(config: RunConfig, only: Collection[str] | None) -> bool:
         UsageError, RunFailed: as run().
     """
     _, _, agenda = begun(config, only)
-    return bool(agenda.shards(rank=0, world=1))
+    return bool(agenda.shards())
 
 
-def begun(config: RunConfig, only: Collection[str] | None) -> tuple[ModelIdentity, Plan, Agenda]:
+def begun(
+    config: RunConfig, only: Collection[str] | None, rank: int = 0, world: int = 1
+) -> tuple[ModelIdentity, Plan, Agenda]:
     """What a start finds, or makes: the model's identity, the plan, and what is to be done of it."""
     identity = identify(config.vlm)
     if read_plan(config.output_path) is None or config.resume is Resume.overwrite:
         refuse_model(config, identity)  # before a source is read or a file written
     plan = planned(config, identity, partial(refuse_processor, config, identity))
-    return identity, plan, Agenda(config.output_path, plan, only)
+    return identity, plan, Agenda(config.output_path, plan, only, rank, world)
 
 
 def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Template], None]) -> Plan:

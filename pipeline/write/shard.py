@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
@@ -35,12 +35,16 @@ _MOST_FOOTER_BYTES = 64 * 1024**2
 
 def published_shards(data_dir: Place, plan_id: str) -> dict[int, ShardSummary]:
     """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done."""
-    if isinstance(data_dir, ObjectPath):
-        files = dict(shard_files(data_dir))
+    return summaries_of_plan(dict(shard_files(data_dir)), plan_id)
+
+
+def summaries_of_plan(files: Mapping[int, Place], plan_id: str) -> dict[int, ShardSummary]:
+    """Those of the files that are published shards of this plan, with what their footers say."""
+    if any(isinstance(path, ObjectPath) for path in files.values()):
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             summaries = pool.map(lambda path: summary_of_plan(path, plan_id), files.values())
             return {number: found for number, found in zip(files, summaries, strict=True) if found}
-    return {number: found for number, path in shard_files(data_dir) if (found := summary_of_plan(path, plan_id))}
+    return {number: found for number, path in files.items() if (found := summary_of_plan(path, plan_id))}
 
 
 def shard_files(data_dir: Place) -> Iterator[tuple[int, Place]]:

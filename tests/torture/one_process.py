@@ -264,7 +264,7 @@ class Worker:
         plan = job.plan(self.resume)
         yield
         agenda = Agenda(job.output, plan, None)
-        if todo := agenda.shards(0, 1):
+        if todo := agenda.shards():
             make_folders(job.output)
             read_inputs(job.output, plan)
             self.ledger = job.ledger(plan, self.name)

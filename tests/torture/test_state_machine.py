@@ -238,7 +238,7 @@ class JobOfSeveralWorkers(RuleBasedStateMachine):
         self.found.num_redone += sum(number - 1 for number in self.job.made.values())
         assert sorted(counts.elements()) == sorted(expected)
         before = tree(self.job.output)
-        assert Agenda(self.job.output, plan, None).shards(0, 1) == []
+        assert Agenda(self.job.output, plan, None).shards() == []
         self._start("here", 1, 1, Resume.extend)
         while not self.workers[-1].has_ended:
             self.workers[-1].step()

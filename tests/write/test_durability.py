@@ -125,7 +125,7 @@ def answered(out: Path, plan: Plan) -> None:
 
 def ask_again(out: Path, plan: Plan) -> None:
     agenda = Agenda(out, plan, [])
-    [shard] = agenda.shards(0, 1)
+    [shard] = agenda.shards()
     ledger = new_ledger(out, plan, "retry", only=[], tally=Tally(plan.num_records))
     [key] = ledger.open(shard)
     ledger.expect(row(key.row_index), [key], shard)

@@ -161,7 +161,7 @@ def test_an_idle_worker_helps_from_the_end(
         owner.record(answer(next(tasks).keys[0]))
     owner.sync()
     feed, ledger, claims, rows = feed_of(tmp_path, plan, "idle")
-    todo = Agenda(tmp_path, plan, None).shards(1, 2)
+    todo = Agenda(tmp_path, plan, None, 1, 2).shards()
     asked = []
     for stream in feed.streams(todo):
         for task in stream:

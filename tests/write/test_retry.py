@@ -47,7 +47,7 @@ def retry(
     ledger = new_ledger(output_dir, plan, name, only=only)
     asked = [
         key.row_index
-        for shard in Agenda(output_dir, plan, only).shards(0, 1)
+        for shard in Agenda(output_dir, plan, only).shards()
         for key in answered_again(ledger, plan, shard.number, fails)
     ]
     ledger.close()
@@ -124,7 +124,7 @@ def test_the_count_goes_on_from_what_stays(tmp_path: Path) -> None:
     tally = Tally(plan.num_records)
     agenda = Agenda(tmp_path, plan, ())
     agenda.settle(tally)
-    assert agenda.num_records(agenda.shards(0, 1)) == 3
+    assert agenda.num_records(agenda.shards()) == 3
     ledger = new_ledger(tmp_path, plan, "two", tally=tally, only=())
     for number in range(plan.num_shards):
         answered_again(ledger, plan, number, fails=[8])
