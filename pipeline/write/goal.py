@@ -51,6 +51,10 @@ class Goal(Protocol):
     schema: OutputSchema
     plan_id: str
 
+    def stem(self, shard: Shard) -> str:
+        """What the names of a shard's files in work/ begin with."""
+        ...
+
     def wanted(self, shard: Shard) -> Wanted: ...
 
     def reached(self, shard: Shard) -> ShardSummary | None:
@@ -103,6 +107,9 @@ class FirstAnswers:
         self.prompt_names, self._num_samples = tuple(prompt_names), num_samples
         self.constants, self.compression = constants, compression
 
+    def stem(self, shard: Shard) -> str:
+        return shard.name
+
     def wanted(self, shard: Shard) -> Wanted:
         """Every key of the shard.
 
@@ -111,7 +118,7 @@ class FirstAnswers:
         """
         if self.final(shard).is_dir():
             raise RunFailed(f"{self.final(shard)} is a folder where a shard has to be; move it away and run again.")
-        return Wanted(shard.name, 0, dict.fromkeys(self.keys(shard), 1))
+        return Wanted(self.stem(shard), 0, dict.fromkeys(self.keys(shard), 1))
 
     def reached(self, shard: Shard) -> ShardSummary | None:
         return summary_of_plan(self.final(shard), self.plan_id)

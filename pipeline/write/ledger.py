@@ -137,7 +137,7 @@ class Ledger:
 
     def num_attempts(self, shard: Shard) -> int:
         """How many have given rows of a shard to an engine and not ended in good order since, dead or alive."""
-        return len(taken_files(self._work_dir, self._goal.wanted(shard).stem))
+        return len(taken_files(self._work_dir, self._goal.stem(shard)))
 
     def is_open(self, shard: Shard) -> bool:
         """Whether a shard is in work: taken, and not yet published."""

@@ -49,6 +49,9 @@ class Retry:
         self._first, self._work_dir, self._only = first, work_dir, only
         self._targets = {summary.shard: summary.generation + 1 for summary in published}
 
+    def stem(self, shard: Shard) -> str:
+        return f"{shard.name}.g{self._targets[shard.number]}"
+
     def wanted(self, shard: Shard) -> Wanted:
         """The error records that are meant.
 
@@ -63,10 +66,9 @@ class Retry:
         ]
         attempts = zip(record_keys(table, self.schema), table[names("attempt")].to_pylist(), meant, strict=True)
         settled = table.filter(pa.array([not one for one in meant], pa.bool_()))
-        generation = self._targets[shard.number]
         return Wanted(
-            f"{shard.name}.g{generation}",
-            generation,
+            self.stem(shard),
+            self._targets[shard.number],
             {key: attempt + 1 for key, attempt, again in attempts if again},
             len(settled),
             error_counts(settled, self.schema),
@@ -116,7 +118,7 @@ class Retry:
 
     def _put_in_place(self, shard: Shard) -> None:
         generation = self._targets[shard.number]  # one file: to list work/ for each shard would cost shards squared
-        path = self._work_dir / f"{shard.name}.g{generation}.parquet"
+        path = self._work_dir / f"{self.stem(shard)}.parquet"
         put_in_place(path, self._first.final(shard), generation, self.plan_id)
 
 
