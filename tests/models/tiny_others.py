@@ -13,6 +13,7 @@ from tiny_parts import (
     SQUARE,
     TEXT,
     VISION,
+    Array,
     Built,
     HandMade,
     chat_template,
@@ -293,5 +294,9 @@ def lfm2_vl_image(tokenizer: Any, random: np.random.Generator, number: int) -> H
     pixels = np.zeros((1, 16, 588), np.float32)
     pixels[:, :num_patches] = random.standard_normal((num_patches, 588), dtype=np.float32)
     mask = (np.arange(16) < num_patches).astype(np.int64)[None]
-    tensors = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": np.asarray([[height, width]])}
+    tensors: dict[str, Array] = {
+        "pixel_values": pixels,
+        "pixel_attention_mask": mask,
+        "spatial_shapes": np.asarray([[height, width]]),
+    }
     return HandMade([start, *[image] * (num_patches // 4), end], tensors)
