@@ -223,6 +223,7 @@ def test_what_a_large_run_costs_follows_from_the_rates() -> None:
     assert bookkeeping(180_000_000, rates)["tail, share of the run"] == "0.01%"
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_where_only_torch_and_transformers_are(tmp_path: Path) -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('hydra', 'datasets', 'omegaconf', 'pyarrow', 'psutil')))"
     code = f"{blocked}; sys.path.insert(0, {str(SCRIPTS)!r}); import bench_gpu; sys.exit(bench_gpu.main(sys.argv[1:]))"

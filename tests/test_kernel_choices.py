@@ -69,6 +69,7 @@ def test_a_choice_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
         KernelChoices(tmp_path)("decode: cpu", lambda: "matmul", names)
 
 
+@pytest.mark.slow
 def test_a_later_start_of_a_run_has_the_kernels_of_the_first(tmp_path: Path) -> None:
     """Half of the rows by a start that finds matrix products the fastest, the rest by one that would find SDPA so."""
     for kernel, num_rows in (("matmul", 20), ("sdpa", 40)):

@@ -35,7 +35,8 @@ def without_run_id(output_dir: Path) -> pa.Table:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_kills", "num_rows"), [(2, 300), pytest.param(20, 600, marks=pytest.mark.slow)])
+@pytest.mark.slow  # make test has the kills of tests/torture
+@pytest.mark.parametrize(("num_kills", "num_rows"), [(20, 600)])
 def test_kills_lose_no_row_and_change_no_answer(
     num_kills: int, num_rows: int, vlm_batch: CommandLine, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def s3(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(object_store, "_WAITS_SECONDS", (0.01,) * 6)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)  # the client's own tries take seconds
     s3fs.S3FileSystem.clear_instance_cache()
     server.reset()
     yield server
