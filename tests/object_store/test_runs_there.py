@@ -100,8 +100,8 @@ def test_pictures_and_answers_in_a_store(folder: ObjectPath, tmp_path: Path) -> 
 
 POINTS = ["shard_checked"]
 SLOW_POINTS = [
-    "plan_created", "claim_taken", "journal_synced:3", "journal_synced", "shard_opened", "shard_published", "shard_settled",
-    "journal_removed", "manifest_ready", "manifest_written",
+    "plan_created", "claim_taken", "journal_synced:3", "journal_synced", "shard_opened", "shard_published",
+    "shard_settled", "journal_removed", "manifest_ready", "manifest_written",
 ]  # fmt: skip
 
 
