@@ -78,8 +78,10 @@ class Feed:
                 time.sleep(poll_seconds)
                 if self._goal.looks_cost:
                     poll_seconds = min(2 * poll_seconds, _MOST_POLL_SECONDS)
-            done = self._goal.done_meanwhile()
-            shards = [shard for shard in (*untried, *left) if shard.number not in done]
+            if untried:
+                done = self._goal.done_meanwhile()
+                untried = [shard for shard in untried if shard.number not in done]
+            shards = [*untried, *left]
 
     def unfinished(self, shards: Sequence[Shard]) -> list[Shard]:
         """Those of the shards that nobody has finished."""

@@ -165,7 +165,7 @@ def conclude(output_dir: Place, *, is_retry: bool) -> None:
     Raises:
         RunFailed: it could not be written, or something else lies under the name of a shard.
     """
-    with Claims(output_dir / "plan", uuid.uuid4().hex[:12]) as claims:
+    with Claims(output_dir / "work", uuid.uuid4().hex[:12]) as claims:
         if not claims.take("manifest"):
             return
         status = read_status(output_dir)

@@ -50,7 +50,7 @@ def test_what_others_have_done_counts(tmp_path: Path) -> None:
 def test_who_ends_a_run_finds_what_the_names_hide(tmp_path: Path) -> None:
     finished_run(tmp_path, 18)
     conclude(tmp_path, is_retry=False)
-    assert (tmp_path / "manifest.json").exists() and not list((tmp_path / "plan").glob("*.claim"))
+    assert (tmp_path / "manifest.json").exists() and not (tmp_path / "work").exists()
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "data" / "part-00003.parquet").write_bytes(b"no shard")
     with pytest.raises(RunFailed, match=r"1 files in .* \(cluster=local\)"):

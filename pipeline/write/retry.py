@@ -195,3 +195,4 @@ def strays(work_dir: Place, generations_done: Mapping[str, int]) -> Iterator[Pla
         if match and path.is_file() and int(match[2] or 0) <= generations_done.get(match[1], -1):
             yield path
     yield from (path for path in matching(work_dir, "*.tmp") if path.is_file() and path.name[:5] != "part-")
+    yield from matching(work_dir, "manifest.claim")  # of whoever is just at it, or was killed there
