@@ -20,9 +20,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -35,32 +34,12 @@ from pipeline.write.columns import journal_batch
 from pipeline.write.crash_point import crash_point
 from pipeline.write.file import Place, matching, sync_directory
 from pipeline.write.goal import Goal, Wanted
-from pipeline.write.journal import Appendable, JournalHeader, new_journal, read_journal
-from pipeline.write.schema import ShardSummary, journal_row
-from pipeline.write.suspects import NOBODY, Suspects, Taken, read_suspects, taken_files
+from pipeline.write.journal import JournalHeader, new_journal, read_journal
+from pipeline.write.open_shard import OpenShard
+from pipeline.write.schema import ShardSummary
+from pipeline.write.suspects import Suspects, Taken, read_suspects, taken_files
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _OpenShard:
-    shard: Shard
-    wanted: Wanted
-    taken: Taken
-    suspects: Suspects = NOBODY
-    batches: list[pa.RecordBatch] = field(default_factory=list)  # on disk, in a journal
-    pending: list[dict[str, Any]] = field(default_factory=list)  # not yet
-    seen: set[RecordKey] = field(default_factory=set)
-    by_others: set[RecordKey] = field(default_factory=set)  # of these, what was found in journals
-    errors: Counter[str] = field(default_factory=Counter)  # by "stage/type"
-    sizes_read: dict[str, int] = field(default_factory=dict)  # of journals, by name
-    has_company: bool = False  # another worker is at it, too
-    journal: Appendable | None = None
-
-    def close_journal(self) -> None:
-        if self.journal is not None:
-            self.journal.close()
-            self.journal = None
 
 
 @dataclass(slots=True)
@@ -93,7 +72,7 @@ class Ledger:
         self._work_dir = output_dir / "work"
         self._goal, self._schema, self._journal_schema = goal, goal.schema, goal.schema.journal
         self._attempt_id, self._numerics, self._tally = attempt_id, numerics, tally
-        self._open: dict[int, _OpenShard] = {}
+        self._open: dict[int, OpenShard] = {}
         self._rows: dict[int, _ExpectedRow] = {}
         self._lock, self._disk = threading.Lock(), threading.Lock()
         self._journal_numbers = itertools.count()
@@ -115,16 +94,15 @@ class Ledger:
             RunFailed: the shard could not be published, or what is in its place is no shard.
         """
         wanted = self._goal.wanted(shard)
-        current = _OpenShard(shard, wanted, Taken(self._work_dir, wanted.stem, self._attempt_id))
-        current.has_company = has_company
+        current = OpenShard(shard, wanted, Taken(self._work_dir, wanted.stem, self._attempt_id), has_company)
+        current.errors.update(wanted.settled_errors)
         with self._lock:
             self._tally.resume(wanted.num_settled, wanted.settled_errors)
-        current.errors.update(wanted.settled_errors)
         self._take_over(current)
         # Asked last: a worker that publishes removes the journals afterwards, so what is missing there is seen here.
         if summary := self._goal.reached(shard):
             with self._lock:
-                self._count_rest(current, summary)
+                self._tally.resume(*current.rest(summary))
                 self.num_published += 1
             return frozenset()
         with self._lock:
@@ -171,7 +149,7 @@ class Ledger:
                 return False
             alone = (key.row_index,) in current.suspects.groups
             rows = self._rows.items()
-            on_their_way = [index for index, row in rows if row.shard.number == current.shard.number]
+            on_their_way = (index for index, row in rows if row.shard.number == current.shard.number)
             try:
                 current.taken.add(key.row_index, alone=alone, on_their_way=on_their_way)
             except OSError as problem:
@@ -197,16 +175,11 @@ class Ledger:
             columns = self._row_has(answer.key)
             if current is None or answer.key in current.by_others:
                 return
-            assert answer.key not in current.seen, f"{answer.key} was answered twice"
-            current.seen.add(answer.key)
-            attempt = current.wanted.attempts[answer.key]
-            current.pending.append(journal_row(answer, columns, self._schema, attempt))
-            if answer.fault is not None:
-                current.errors[f"{answer.fault.stage}/{answer.fault.kind}"] += 1
+            current.add(answer, columns, self._schema)
             self._tally.add(answer)
         self._publish_if_complete(current)
 
-    def _in_work(self, key: RecordKey) -> _OpenShard | None:
+    def _in_work(self, key: RecordKey) -> OpenShard | None:
         """The shard of a key; None once another worker has published it. The lock is held."""
         expected = self._rows.get(key.row_index)
         return self._open.get(expected.shard.number) if expected is not None else None
@@ -253,7 +226,7 @@ class Ledger:
                     current.close_journal()
                     current.taken.close()
 
-    def _journal_pending(self, current: _OpenShard) -> None:
+    def _journal_pending(self, current: OpenShard) -> None:
         with self._lock:
             rows = list(current.pending)  # stay pending until the disk has them
         if not rows:
@@ -274,7 +247,7 @@ class Ledger:
             del current.pending[: len(rows)]
             self._tally.errors.update(unfit)
 
-    def _meet(self, current: _OpenShard) -> bool:
+    def _meet(self, current: OpenShard) -> bool:
         """Take over what others have done of a shard, if somebody else is at it; whether there was something."""
         name = current.shard.name
         current.has_company = current.has_company or claim_of(self._work_dir, f"{name}{HELP}") != Claim()
@@ -287,7 +260,7 @@ class Ledger:
             return False
         return found
 
-    def _take_over(self, current: _OpenShard) -> bool:
+    def _take_over(self, current: OpenShard) -> bool:
         """The answers in journals of others, and of earlier starts; whether there was one that was lacking."""
         before = len(current.seen)
         for path in self._journals(current.wanted):
@@ -302,36 +275,21 @@ class Ledger:
             current.sizes_read[path.name] = size
             for batch in read_journal(path, self._header(current), schema=self._journal_schema):
                 with self._lock:
-                    # Two attempts may have answered the same key.
-                    wanted = current.wanted.attempts
-                    batch = batch.filter(
-                        pa.array([key in wanted and key not in current.seen for key in _keys(batch)], pa.bool_())
-                    )
-                    keys, errors = _keys(batch), _errors(batch)
-                    current.batches.append(batch)
-                    current.seen.update(keys)
-                    current.by_others.update(keys)
-                    current.errors.update(errors)
-                    self._tally.resume(len(keys), errors)
+                    self._tally.resume(*current.take_over(batch))
         return len(current.seen) > before
 
-    def _drop(self, current: _OpenShard, summary: ShardSummary) -> None:
+    def _drop(self, current: OpenShard, summary: ShardSummary) -> None:
         """Another worker has published the shard: what is on its way for it is awaited no more. The lock is held."""
-        log.info("%s was published by another worker meanwhile; what was under way for it is dropped", summary.shard)
-        self._count_rest(current, summary)
+        log.info("%s was published by another worker; what was under way for it is dropped", current.shard.name)
+        self._tally.resume(*current.rest(summary))
         del self._open[current.shard.number]
         self._rows = {index: row for index, row in self._rows.items() if row.shard.number != current.shard.number}
         current.close_journal()
         current.taken.close()
 
-    def _count_rest(self, current: _OpenShard, summary: ShardSummary) -> None:
-        """Count what another worker has done of a shard that it published. The lock is held."""
-        num_counted = current.wanted.num_settled + len(current.seen)
-        self._tally.resume(summary.num_rows - num_counted, Counter(summary.errors) - current.errors)
-
-    def _publish_if_complete(self, current: _OpenShard) -> None:
+    def _publish_if_complete(self, current: OpenShard) -> None:
         with self._lock:
-            if len(current.seen) < len(current.wanted.attempts):
+            if not current.is_complete:
                 return
         with self._disk:
             with self._lock:
@@ -351,7 +309,7 @@ class Ledger:
                 path.unlink(missing_ok=True)
                 crash_point("journal_removed")
 
-    def _publish(self, current: _OpenShard) -> None:
+    def _publish(self, current: OpenShard) -> None:
         if current.pending:  # not journalled because another worker was quicker
             sync_directory(self._work_dir.parent / "data")  # its file keeps its name before our journals go
             return
@@ -365,7 +323,7 @@ class Ledger:
         if not won:
             log.info("%s was published by another worker meanwhile; this copy is discarded", current.shard.name)
 
-    def _header(self, current: _OpenShard) -> JournalHeader:
+    def _header(self, current: OpenShard) -> JournalHeader:
         return JournalHeader(self._goal.plan_id, current.shard.number, current.wanted.generation)
 
     def _unwritable(self, problem: OSError) -> RunFailed:
@@ -389,14 +347,3 @@ class Ledger:
         if self._failure is not None:
             problem, self._failure = self._failure, None
             raise problem
-
-
-def _keys(batch: pa.RecordBatch) -> list[RecordKey]:
-    columns = (batch.column(name).to_pylist() for name in ("row_index", "prompt_name", "sample_index"))
-    return [RecordKey(*values) for values in zip(*columns, strict=True)]
-
-
-def _errors(rows: pa.RecordBatch) -> Counter[str]:
-    """Error records by "stage/type"."""
-    pairs = zip(rows["error_stage"].to_pylist(), rows["error_type"].to_pylist(), strict=True)
-    return Counter(f"{stage}/{kind}" for stage, kind in pairs if stage is not None)

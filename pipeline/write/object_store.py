@@ -9,13 +9,10 @@ says nothing about what was done: the object is read back before anybody decides
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import io
 import logging
-import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,16 +20,12 @@ from typing import Any, TypeVar
 
 from pipeline.errors import UsageError
 from pipeline.redaction import without_credentials
+from pipeline.write.request import FINAL, pauses, persistently, translated
 
 log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
 
-# Before each try after the first: a store that says "slow down" (503), a conflict of two puts (409), a lost reply.
-_WAITS_SECONDS = (0.1, 0.4, 1.0, 2.5, 6.0, 15.0)
-# What will be the same at the next try, and what is an answer rather than a failure.
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_KINDS: dict[int, type[OSError]] = {403: PermissionError, 404: FileNotFoundError, 412: FileExistsError}
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -148,7 +141,7 @@ class ObjectPath:
             return found
 
         try:
-            found = _persistently(listed)
+            found = persistently(listed)
         except FileNotFoundError:
             return
         for path, info in sorted(found.items()):
@@ -161,7 +154,7 @@ class ObjectPath:
         Raises:
             OSError: it is not there, or cannot be read.
         """
-        return bytes(_persistently(lambda: self._files.cat_file(self._path)))
+        return bytes(persistently(lambda: self._files.cat_file(self._path)))
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)
@@ -181,7 +174,7 @@ class ObjectPath:
             except OSError:  # some stores refuse more than there is
                 return bytes(self._files.cat_file(self._path))[-num_bytes:]
 
-        return _persistently(tail)
+        return persistently(tail)
 
     def open_read(self) -> io.BytesIO:
         """The content as a file."""
@@ -214,7 +207,7 @@ class ObjectPath:
         Raises:
             OSError: it cannot be written.
         """
-        _persistently(lambda: self._put(content))
+        persistently(lambda: self._put(content))
 
     def exchange(self, content: bytes, version: str | None) -> bool:
         """Put the object in the place of that version; False where it is another by now, which stays.
@@ -243,7 +236,7 @@ class ObjectPath:
             FileNotFoundError: it is not there, the store says so, and that matters.
         """
         try:
-            _persistently(lambda: self._files.rm_file(self._path))
+            persistently(lambda: self._files.rm_file(self._path))
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -255,7 +248,7 @@ class ObjectPath:
         """Nothing, as mkdir()."""
 
     def _info(self) -> dict[str, Any]:
-        found: dict[str, Any] = _persistently(lambda: self._files.info(self._path))
+        found: dict[str, Any] = persistently(lambda: self._files.info(self._path))
         return found
 
     def _put(self, content: bytes, **how: str) -> None:
@@ -266,73 +259,27 @@ class ObjectPath:
 
         A client sends a request again that it got no reply to, so that our own object may be what is in the way.
         """
-        waits = iter(_WAITS_SECONDS)
+        waiting = pauses()
         while True:
             try:
-                _translated(put)
+                translated(put)
                 return True
             except FileExistsError:
-                pass
-            except _FINAL:
+                return self._holds(content)
+            except FINAL:
                 raise
             except OSError as problem:
-                wait = next(waits, None)
-                if wait is None:
-                    raise
                 log.debug("%s: %s; looking whether it is there", self, problem)
-                time.sleep(wait * random.uniform(0.5, 1.5))
-                if not self._holds(content):
-                    continue  # not there, or another: the condition of the next try says which
-                return True
-            return self._holds(content)
+                if not next(waiting, False):
+                    raise
+            if self._holds(content):
+                return True  # else it is not there, or another one is: the condition of the next try says which
 
     def _holds(self, content: bytes) -> bool:
         try:
             return self.read_bytes() == content
         except FileNotFoundError:
             return False
-
-
-def _persistently(action: Callable[[], Read]) -> Read:
-    """The action's result, after as many tries as it takes a store that is slow or away for some seconds."""
-    waits = iter(_WAITS_SECONDS)
-    while True:
-        try:
-            return _translated(action)
-        except _FINAL:
-            raise
-        except OSError:
-            wait = next(waits, None)
-            if wait is None:
-                raise
-            time.sleep(wait * random.uniform(0.5, 1.5))
-
-
-def _translated(action: Callable[[], Read]) -> Read:
-    """The action's result; what a client library raises of its own becomes the OSError that it means."""
-    try:
-        return action()
-    except _FINAL:
-        raise
-    except OSError as problem:  # s3fs says "invalid argument" of a condition that does not hold
-        if kind := _KINDS.get(_status_code(problem.__cause__) or 0):
-            raise kind(str(problem)) from problem
-        raise
-    except (AssertionError, TypeError, AttributeError, KeyError):  # ours
-        raise
-    except Exception as problem:  # botocore, aiohttp, google.api_core: each has a family of its own
-        kind = _KINDS.get(_status_code(problem) or 0)
-        said = f"{type(problem).__name__}: {problem}"
-        raise (kind(said) if kind else OSError(errno.EIO, said)) from problem
-
-
-def _status_code(problem: BaseException | None) -> int | None:
-    response = getattr(problem, "response", None)
-    if isinstance(response, dict):
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return int(found) if found is not None else None
-    code = getattr(problem, "code", None)
-    return code if isinstance(code, int) else None
 
 
 def _stat(info: dict[str, Any]) -> ObjectStat:

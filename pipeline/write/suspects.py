@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ class Taken:
         self._file: int | None = None
         self._rows: dict[int, bytes] = {}  # noted already
 
-    def add(self, row_index: int, *, alone: bool = False, on_their_way: Collection[int] = ()) -> None:
+    def add(self, row_index: int, *, alone: bool = False, on_their_way: Iterable[int] = ()) -> None:
         """A row is on its way into the engine. on_their_way: those that may follow it, in any order.
 
         Raises:

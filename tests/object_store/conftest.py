@@ -11,7 +11,7 @@ pytest.importorskip("moto.server", reason="moto is not installed")
 
 from faulty_s3 import BUCKET, FaultyS3
 
-from pipeline.write import object_store
+from pipeline.write import request as request_module
 from pipeline.write.object_store import ObjectPath
 
 
@@ -28,7 +28,7 @@ def s3(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
 
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "_WAITS_SECONDS", (0.01,) * 6)
+    monkeypatch.setattr(request_module, "_WAITS_SECONDS", (0.01,) * 6)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)  # the client's own tries take seconds
     s3fs.S3FileSystem.clear_instance_cache()
     server.reset()
