@@ -12,8 +12,10 @@ mark="# Written by slurm_node.sh: a node for tests; 'slurm_node.sh stop' removes
 fail() { echo "slurm_node.sh: $1" >&2; exit 1; }
 
 install_packages() {
-    if command -v slurmctld slurmd sbatch munged >/dev/null; then return; fi
-    command -v apt-get >/dev/null || fail "slurmctld, slurmd and munged are not there, and neither is apt-get"
+    local name missing=
+    for name in slurmctld slurmd sbatch munged; do command -v "$name" >/dev/null || missing=$name; done
+    [[ $missing ]] || return 0
+    command -v apt-get >/dev/null || fail "$missing is not there, and neither is apt-get"
     echo "installing slurm-wlm and munge ..."
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null
