@@ -271,8 +271,12 @@ def test_a_job_that_slurm_has_forgotten_is_one_that_has_ended(tmp_path: Path, pr
 @pytest.mark.usefixtures("impatient")
 def test_whoever_stops_waiting_stops_nothing_else(tmp_path: Path, program: Program) -> None:
     program("squeue", "echo '7_0|RUNNING|None'; kill -INT $PPID")
-    with pytest.raises(Interrupted, match=r"job 7 goes on\. 'scancel 7' ends it"):
-        SlurmConfig(folder=str(tmp_path)).launch(job(wait=True))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(Interrupted, match=r"job 7 goes on\. 'scancel 7' ends it"):
+            SlurmConfig(folder=str(tmp_path)).launch(job(wait=True))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert called(tmp_path, "scancel") == []
 
 
