@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def slow_run(*arguments: Any) -> None:
     from pipeline import run
 
     fake_model.install()
-    fake_model.BATCH_SECONDS = 0.1
+    os.environ[fake_model.BATCH_SECONDS] = "0.1"
     getattr(run, "true_run", run.run)(*arguments)
 
 
