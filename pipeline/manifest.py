@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections import Counter
 from contextlib import suppress
 
 from pipeline.errors import RunFailed
-from pipeline.status import Status
+from pipeline.status import Status, read_status
+from pipeline.write.claim import Claims
 from pipeline.write.crash_point import crash_point
 from pipeline.write.file import Place, replace_file
 from pipeline.write.retry import strays
+
+
+def conclude(output_dir: Place, *, is_retry: bool) -> None:
+    """Write the manifest, unless another rank is just at it: each would read what all have done.
+
+    is_retry: of a run that need not be whole.
+
+    Raises:
+        RunFailed: it could not be written, or something else lies under the name of a shard.
+    """
+    with Claims(output_dir / "work", uuid.uuid4().hex[:12]) as claims:
+        if not claims.take("manifest"):
+            return
+        status = read_status(output_dir)
+        if not write_manifest(output_dir, status) and not is_retry:
+            left = status.plan.num_shards - status.num_shards_done
+            raise RunFailed(
+                f"{left} files in {output_dir / 'data'} have names of shards and are none of this run, or went away "
+                "meanwhile. The same command with one worker (cluster=local) makes those shards."
+            )
 
 
 def write_manifest(output_dir: Place, status: Status) -> bool:

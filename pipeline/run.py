@@ -23,13 +23,12 @@ from pipeline.feed import Feed
 from pipeline.intake import Intake
 from pipeline.interruption import Interruption
 from pipeline.kernel_choices import KernelChoices
-from pipeline.manifest import write_manifest
+from pipeline.manifest import conclude
 from pipeline.meter import Meter
 from pipeline.plan import Plan, changed_versions, read_inputs, read_plan
 from pipeline.planning import Resume, make_folders, open_plan
 from pipeline.prompt.template import Template
 from pipeline.records import Answer
-from pipeline.status import read_status
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import Engine
@@ -37,7 +36,6 @@ from pipeline.vlm.generation import effective_settings
 from pipeline.vlm.identity import ModelIdentity, identify
 from pipeline.watchdog import Watchdog
 from pipeline.write.claim import Claims
-from pipeline.write.file import Place
 from pipeline.write.ledger import Ledger
 from pipeline.write.schema import OutputSchema, output_schema
 
@@ -155,26 +153,6 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
                 compared = parity.report if parity else {}
                 meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
     return True
-
-
-def conclude(output_dir: Place, *, is_retry: bool) -> None:
-    """Write the manifest, unless another rank is just at it: each would read what all have done.
-
-    is_retry: of a run that need not be whole.
-
-    Raises:
-        RunFailed: it could not be written, or something else lies under the name of a shard.
-    """
-    with Claims(output_dir / "work", uuid.uuid4().hex[:12]) as claims:
-        if not claims.take("manifest"):
-            return
-        status = read_status(output_dir)
-        if not write_manifest(output_dir, status) and not is_retry:
-            left = status.plan.num_shards - status.num_shards_done
-            raise RunFailed(
-                f"{left} files in {output_dir / 'data'} have names of shards and are none of this run, or went away "
-                "meanwhile. The same command with one worker (cluster=local) makes those shards."
-            )
 
 
 def prepare(config: RunConfig, only: Collection[str] | None) -> bool:

@@ -9,8 +9,8 @@ from small_run import finished_run, new_plan
 
 from pipeline.agenda import Agenda
 from pipeline.errors import RunFailed
+from pipeline.manifest import conclude
 from pipeline.plan import Plan
-from pipeline.run import conclude
 from pipeline.tally import Tally
 
 

@@ -16,7 +16,7 @@ from faulty_s3 import FaultyS3
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torture"))
 
-from fake_model import LOG
+from fake_model import BATCH_SECONDS, LOG
 from faultbox import HERE, PROGRAM, PROMPT, make_pictures, right_records
 
 from pipeline.audit import audit
@@ -142,8 +142,9 @@ def test_workers_share_a_store(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_and_another_start(job: Job) -> None:
+def test_a_signal_and_another_start(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 7: SIGTERM ends a run in an object store with code 75, and the next start goes on."""
+    monkeypatch.setenv(BATCH_SECONDS, "0.1")  # else it may be done before it is told to stop
     process = job.start("write.shard_rows=90")
     deadline = time.monotonic() + 60
     while not matching(job.folder / "work", "*.journal") and time.monotonic() < deadline:

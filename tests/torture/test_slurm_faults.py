@@ -82,8 +82,7 @@ def test_every_rank_is_there_twice(tmp_path: Path, found: Found) -> None:
         wait_until_all(job, "COMPLETED")
     ranks = sorted(attempt.partition("-")[0] for attempt in box.began())
     assert ranks == ["0", "0", "1", "1"], "not all members took part"
-    assert set(box.made().values()) == {1}, "rows were generated twice"
-    proven(box, found)
+    proven(box, found)  # towards the end idle members help others, and both may generate what neither has put down
 
 
 def test_a_member_reaches_its_time_limit(tmp_path: Path, found: Found) -> None:
