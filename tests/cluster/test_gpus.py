@@ -146,12 +146,21 @@ def test_a_stopped_crew_goes_on_as_one(vlm_batch: CommandLine, tmp_path: Path) -
     assert answers(tmp_path / "two") == answers(tmp_path / "one")
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "-m"],
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--module",
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_under_torchrun(vlm_batch: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_under_another_launcher(launcher: str, vlm_batch: CommandLine, tmp_path: Path) -> None:
     vlm_batch(*JOB, "output_dir=one")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", *JOB]
     done = subprocess.run(
-        [*words, "output_dir=two"],
+        [sys.executable, "-m", *LAUNCHERS[launcher], "pipeline", *JOB, "output_dir=two"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
         capture_output=True,
