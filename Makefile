@@ -32,7 +32,7 @@ demo: $(BIN)/vlm-batch  ## the main job on the embedded model and pictures; answ
 test: $(VENV)/.dev  ## all tests that need no GPU (about 10 minutes on two cores)
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, two workers, disks, clocks, odd rows (15 minutes)
+slow: $(VENV)/.dev  ## the tests that make test leaves out: every architecture and preset, several workers, Slurm, Ray, disks, clocks (25 minutes)
 	$(BIN)/python -m pytest -m "slow and not torture"
 
 torture: $(VENV)/.dev  ## kills by the hundred, at every named point, in the middle of writes; a table of what was lost (25 minutes)
