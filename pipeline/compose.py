@@ -104,6 +104,18 @@ def taken(words: Sequence[str], schema: type[Options]) -> tuple[Options, list[st
     return options, left
 
 
+def nothing_left(words: Sequence[str], schema: type, command: str) -> None:
+    """Refuse words that a command without keys of the configuration does not know.
+
+    Raises:
+        UsageError: naming the nearest one that it knows.
+    """
+    for word in words:
+        key, _ = _pair(word)
+        known = [entry.name for entry in fields(schema)]
+        raise UsageError(f"there is no key {key!r}.{_nearest(key, known)} See vlm-batch {command} --help.")
+
+
 def described_options(schema: type) -> Iterator[tuple[str, str, str]]:
     """A command's own options with their values and sentences, for --help."""
     tree = OmegaConf.structured(schema)

@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from io import BytesIO
 from itertools import islice
 from typing import IO
@@ -21,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.files import open_file
-from pipeline.dataset.registry import planned_reader
 from pipeline.errors import RowFault, RunFailed
-from pipeline.plan import Plan, read_inputs
+from pipeline.plan import Plan
 from pipeline.prompt.image import image_bytes
 from pipeline.records import ImageRef, Row, Shard
+from pipeline.source_images import source_of
 from pipeline.write.file import Place, open_read
 from pipeline.write.shard import write_content
 
@@ -46,12 +45,7 @@ class DeepAudit:
     """
 
     def __init__(self, output_dir: Place, plan: Plan, prefix: str, root: str | None) -> None:
-        self._inputs = read_inputs(output_dir, plan)
-        if root is not None:
-            self._inputs = replace(self._inputs, root=root)
-        reader = planned_reader(plan.settings)
-        self._dataset = reader.open(self._inputs)
-        self._allow_urls = reader.allow_urls
+        self._source = source_of(output_dir, plan, root)
         self._prefix = prefix
         self._pool = ThreadPoolExecutor(_NUM_THREADS)
         self.num_images = 0  # compared
@@ -59,11 +53,11 @@ class DeepAudit:
 
     def source(self) -> Iterator[str]:
         """Problems of the source's files that were hashed when they were planned."""
-        files = self._inputs.files
+        files = self._source.inputs.files
         hashed = files.filter(files["sha256"].is_valid()).select(["path", "size_bytes", "sha256"])
         for name, size_bytes, sha256 in dict.fromkeys(zip(*(column.to_pylist() for column in hashed), strict=True)):
             try:
-                with open_file(self._inputs.root, name, size_bytes) as handle:
+                with open_file(self._source.inputs.root, name, size_bytes) as handle:
                     now = _digest(handle)
             except (RunFailed, OSError) as problem:
                 yield str(problem)
@@ -87,7 +81,7 @@ class DeepAudit:
             if hashes:
                 records[index] = hashes
         changed = []
-        rows = (row for row in self._dataset.rows(shard.start, shard.stop) if row.index in records)
+        rows = (row for row in self._source.dataset.rows(shard.start, shard.stop) if row.index in records)
         try:
             while some := list(islice(rows, 4 * _NUM_THREADS)):
                 for row, hashes in zip(some, self._pool.map(self._hashes, some), strict=True):
@@ -108,7 +102,7 @@ class DeepAudit:
 
     def _hash(self, ref: ImageRef) -> str | None:
         try:
-            return hashlib.sha256(image_bytes(ref, allow_urls=self._allow_urls)).hexdigest()
+            return hashlib.sha256(image_bytes(ref, allow_urls=self._source.allow_urls)).hexdigest()
         except RowFault:
             return None
 

@@ -14,11 +14,13 @@ LAYERS = [
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "interruption"},
     {"overwrite", "preparation", "kernel_choices", "worker_stats"},
     {"plan", "meter"},
-    {"planning"},
+    {"planning", "results"},
+    {"source_images"},
     {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog"},
     {"assembly", "audit", "manifest"},
     {"compose", "run"},
     {"preview", "ray_data"},
+    {"commands"},
     {"__main__"},
 ]
 

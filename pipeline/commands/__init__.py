@@ -1,0 +1,32 @@
+"""The commands: what each word behind `vlm-batch` does."""
+
+from __future__ import annotations
+
+from pipeline.commands.base import Command, Keys
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("run", "the job: plan if new, resume if not", Keys.ALL),
+        Command(
+            "retry",
+            "ask the error rows of a finished run once more, all or those of only=[stage or type, ...]",
+            Keys.ALL,
+        ),
+        Command(
+            "preview",
+            "stream the answers of a few rows to the terminal, or converse over images; writes nothing",
+            Keys.ALL,
+        ),
+        Command(
+            "status",
+            "how far a run is, from its files alone; watch=true shows it every 5 seconds until it is done",
+            Keys.OUTPUT_DIR,
+        ),
+        Command(
+            "audit",
+            "prove that every row of the plan has exactly one record; deep=true reads the images again, too",
+            Keys.OUTPUT_DIR,
+        ),
+    )
+}
