@@ -16,7 +16,7 @@ LAYERS = [
     {"plan", "meter"},
     {"planning", "results"},
     {"source_images"},
-    {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog"},
+    {"agenda", "feed", "intake", "config", "status", "score", "deep_audit", "watchdog"},
     {"assembly", "audit", "manifest"},
     {"compose", "run"},
     {"preview", "ray_data"},

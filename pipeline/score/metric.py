@@ -1,0 +1,91 @@
+"""What a metric is: statistics of each record, and a value of their sum.
+
+N: records, S: statistics, B: sums of statistics side by side, such as those of resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+References = Sequence[str]  # of one record: one or several texts, each of them right
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """Records side by side, as metrics look at them."""
+
+    responses: Sequence[str | None]  # None: the record has no answer, which is wrong by every metric
+    references: Sequence[References]  # at least one each
+    options: Sequence[Sequence[str]] | None = None  # of a multiple-choice question, in the order of their letters
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def __iter__(self) -> Iterator[tuple[str | None, References, Sequence[str]]]:
+        options = self.options if self.options is not None else [()] * len(self.responses)
+        return zip(self.responses, self.references, options, strict=True)
+
+
+class Metric:
+    """The mean of a score that each record has by itself. What is no such mean says so by its own methods."""
+
+    name: ClassVar[str]
+    doc: ClassVar[str]  # one sentence for people
+    percent: ClassVar[bool] = False  # whether 100 is the best, as in sacrebleu; else 1 (cider: 10)
+
+    def score(self, response: str, references: References, options: Sequence[str]) -> float:
+        """Of one answer, 0 (wrong) to the best.
+
+        Raises:
+            UsageError: the references, or the options, are none that this metric can use.
+        """
+        raise NotImplementedError
+
+    def learned(self, references: Iterable[References]) -> Metric:
+        """The metric as it is for these references, which are those of all records that are scored with it."""
+        return self
+
+    def rows(self, cases: Cases) -> Array:
+        """The statistics [N, S] of each record.
+
+        Raises:
+            UsageError: as score(), or a package is missing.
+        """
+        scores = [
+            0.0 if response is None else self.score(response, references, options)
+            for response, references, options in cases
+        ]
+        return np.array(scores, np.float64)[:, None]
+
+    def value(self, sums_BS: Array, num_rows_B: Array | int) -> Array:
+        """The metric [B] of records whose statistics sum up to this; NaN where it is not defined."""
+        return ratio(sums_BS[..., 0], num_rows_B)
+
+    def row_scores(self, statistics_NS: Array) -> Array:
+        """What each record [N] by itself would be given: what the worst rows are found by."""
+        return self.value(statistics_NS, np.ones(len(statistics_NS)))
+
+    def parts(self, sums_BS: Array, num_rows_B: Array | int) -> Mapping[str, Array]:
+        """Further values [B] by name, such as precision and recall."""
+        return {}
+
+    def counts(self, sums_S: Array) -> Mapping[str, int]:
+        """Numbers of records by name, such as those whose answer could not be read."""
+        return {}
+
+    def settings(self) -> Mapping[str, str]:
+        """What somebody needs to know to get the same number elsewhere, such as the tokenizer."""
+        return {}
+
+
+def ratio(above: Array, below: Array | int) -> Array:
+    """Quotients, NaN where the divisor is 0."""
+    above, divisor = np.broadcast_arrays(above, np.asarray(below, np.float64))
+    quotient: Array = np.divide(above, divisor, out=np.full(above.shape, np.nan), where=divisor != 0)
+    return quotient

@@ -1,0 +1,91 @@
+"""Bootstrap intervals: of a metric, of the difference of two runs, over clusters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.score import METRICS, interval, paired_interval
+from pipeline.score.bootstrap import MOST_CLUSTERS
+
+EXACT = METRICS["exact_match"]
+
+
+def right(num: int, share: float, seed: int = 0) -> NDArray[np.float64]:
+    return (np.random.default_rng(seed).random((num, 1)) < share).astype(np.float64)
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial() -> None:
+    rows = right(2000, 0.7)
+    found = interval(EXACT, rows)
+    share = rows.mean()
+    half = 1.96 * np.sqrt(share * (1 - share) / 2000)
+    assert found.value == pytest.approx(share)
+    assert found.low == pytest.approx(share - half, abs=0.003)
+    assert found.high == pytest.approx(share + half, abs=0.003)
+
+
+def test_ninety_five_of_a_hundred_intervals_hold_the_truth() -> None:
+    held = sum(
+        found.low <= 0.6 <= found.high  # type: ignore[operator]
+        for found in (interval(EXACT, right(300, 0.6, seed), num_resamples=400) for seed in range(400))
+    )
+    assert 364 <= held <= 392  # 380 expected; the binomial's own spread is 4.4
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_another() -> None:
+    rows = right(500, 0.5)
+    assert interval(EXACT, rows, seed=1) == interval(EXACT, rows, seed=1)
+    assert interval(EXACT, rows, seed=1) != interval(EXACT, rows, seed=2)
+
+
+def test_records_of_one_image_are_no_independent_evidence() -> None:
+    """Ten samples of each of 200 rows that are all alike say no more than one sample each."""
+    rows = right(200, 0.5)
+    alone = interval(EXACT, rows)
+    repeated = interval(EXACT, np.repeat(rows, 10, axis=0), np.repeat(np.arange(200), 10))
+    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
+    narrow = interval(EXACT, np.repeat(rows, 10, axis=0))
+    assert narrow.high - narrow.low < (alone.high - alone.low) / 2  # type: ignore[operator]
+
+
+def test_clusters_of_different_sizes_count_by_their_records() -> None:
+    rows = np.array([[1.0], [1.0], [1.0], [0.0]])
+    assert interval(EXACT, rows, ["a", "a", "a", "b"]).value == 0.75
+
+
+def test_one_cluster_says_nothing_about_chance() -> None:
+    found = interval(EXACT, np.ones((3, 1)), [7, 7, 7])
+    assert (found.value, found.low, found.high) == (1.0, None, None)
+    empty = interval(EXACT, np.empty((0, 1)))
+    assert (empty.value, empty.low, empty.high) == (None, None, None)
+
+
+def test_a_paired_interval_is_narrower_than_what_both_runs_say_alone() -> None:
+    a = right(1000, 0.6)
+    b = a.copy()
+    b[np.flatnonzero(b[:, 0] == 0)[:30]] = 1  # right where a is, and 30 times more
+    found = paired_interval(EXACT, a, b)
+    assert found.value == pytest.approx(0.03)
+    assert found.low is not None and found.high is not None
+    assert 0.015 < found.low < 0.03 < found.high < 0.045
+    single = interval(EXACT, a)
+    assert found.high - found.low < (single.high - single.low) / 2  # type: ignore[operator]
+
+
+def test_a_run_compared_with_itself_differs_by_nothing() -> None:
+    rows = right(100, 0.4)
+    found = paired_interval(EXACT, rows, rows)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="the same records"):
+        paired_interval(EXACT, rows, rows[:50])
+
+
+def test_more_rows_than_are_drawn_one_by_one_give_the_same_interval() -> None:
+    num = 3 * MOST_CLUSTERS
+    rows = right(num, 0.5)
+    found = interval(EXACT, rows, num_resamples=200)
+    half = 1.96 * np.sqrt(0.25 / num)
+    assert found.value == pytest.approx(rows.mean())
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.2)  # type: ignore[operator]
