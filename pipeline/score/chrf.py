@@ -47,7 +47,8 @@ def _statistics(texts: Texts) -> Array:
         found[:, :, order, _MATCHES] = matches[:, 1:]
     flat = found.reshape(texts.num_rows, num_references, 3 * _ORDERS)
     best = np.where(texts.is_there_RK[:, 1:], _chrf(flat), -1.0).argmax(1)
-    return flat[np.arange(texts.num_rows), best]
+    of_best: Array = flat[np.arange(texts.num_rows), best]
+    return of_best
 
 
 def _chrf(sums_BS: Array) -> Array:
@@ -59,4 +60,5 @@ def _chrf(sums_BS: Array) -> Array:
     recall = np.divide(matches, reference, out=np.zeros(answer.shape), where=counted).sum(-1) / num
     below = _BETA_SQUARED * precision + recall
     above = 100 * (1 + _BETA_SQUARED) * precision * recall
-    return np.divide(above, below, out=np.zeros(below.shape), where=below > 0)
+    score: Array = np.divide(above, below, out=np.zeros(below.shape), where=below > 0)
+    return score

@@ -71,7 +71,8 @@ class _LearnedCider(Cider):
         num_bigrams = np.maximum(num_words - 1, 0)  # coco-caption compares these
         similarity_RK *= np.exp(-((num_bigrams[:, :1] - num_bigrams) ** 2) / (2 * _VARIANCE))
         is_reference = texts.is_there_RK[:, 1:]
-        return 10 / _ORDERS * (similarity_RK[:, 1:] * is_reference).sum(1) / is_reference.sum(1)
+        means: Array = (similarity_RK[:, 1:] * is_reference).sum(1) / is_reference.sum(1)
+        return means * (self.best / _ORDERS)
 
     def _cosine(self, counts: Counts, frequency_E: Array, shape: tuple[int, int]) -> Array:
         """Of the answer's vector with each reference's [R, K]."""
@@ -80,7 +81,8 @@ class _LearnedCider(Cider):
         common = counts.summed_by_text(np.minimum(weight_E, answer_E) * weight_E, *shape)
         norms = np.sqrt(counts.summed_by_text(weight_E**2, *shape))
         below = norms[:, :1] * norms
-        return np.divide(common, below, out=np.zeros(shape), where=below > 0)
+        cosine: Array = np.divide(common, below, out=np.zeros(shape), where=below > 0)
+        return cosine
 
 
 class _Frequencies:
@@ -88,7 +90,7 @@ class _Frequencies:
 
     def __init__(self) -> None:
         self._ngrams = np.empty(0, np.uint64)
-        self._numbers = np.empty(0)
+        self._numbers: Array = np.empty(0)
         self._unmerged: list[NDArray[np.uint64]] = []
         self._num_unmerged = 0
 
@@ -113,5 +115,6 @@ class _Frequencies:
         new, counts = np.unique(np.concatenate(self._unmerged), return_counts=True)
         self._unmerged, self._num_unmerged = [], 0
         together, places = np.unique(np.concatenate([self._ngrams, new]), return_inverse=True)
-        self._numbers = np.bincount(places, np.concatenate([self._numbers, counts]), len(together))
+        numbers = np.bincount(places, np.concatenate([self._numbers, counts]), len(together))
+        self._numbers = numbers.astype(np.float64)
         self._ngrams = together

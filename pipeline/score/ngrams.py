@@ -58,7 +58,7 @@ class Counts:
     def summed_by_text(self, value_E: Array, num_rows: int, num_slots: int) -> Array:
         """Sums [R, slots] of a value of each entry."""
         flat = np.bincount(self.row_E * num_slots + self.slot_E, value_E, num_rows * num_slots)
-        return flat.reshape(num_rows, num_slots)
+        return flat.astype(np.float64).reshape(num_rows, num_slots)  # bincount of nothing counts in whole numbers
 
 
 class Texts:
