@@ -28,5 +28,10 @@ COMMANDS = {
             "prove that every row of the plan has exactly one record; deep=true reads the images again, too",
             Keys.OUTPUT_DIR,
         ),
+        Command(
+            "score",
+            "hold answers against references: accuracy, VQA accuracy, ANLS, BLEU, CIDEr ... with intervals of 95 %",
+            Keys.NONE,
+        ),
     )
 }

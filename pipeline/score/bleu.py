@@ -37,7 +37,7 @@ class Bleu(Metric):
             parts.append(_statistics(texts))
         return np.concatenate(parts)
 
-    def value(self, sums_BS: Array, num_rows_B: Array | int) -> Array:
+    def value(self, sums_BS: Array, num_rows_B: Array) -> Array:
         return _bleu(sums_BS, effective_order=False)
 
     def row_scores(self, statistics_NS: Array) -> Array:

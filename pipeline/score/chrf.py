@@ -29,7 +29,7 @@ class Chrf(Metric):
             parts.append(_statistics(texts_of_letters(texts)))
         return np.concatenate(parts)
 
-    def value(self, sums_BS: Array, num_rows_B: Array | int) -> Array:
+    def value(self, sums_BS: Array, num_rows_B: Array) -> Array:
         return _chrf(sums_BS)
 
     def settings(self) -> dict[str, str]:

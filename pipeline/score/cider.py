@@ -29,6 +29,7 @@ class Cider(Metric):
     name = "cider"
     doc = "CIDEr-D of captions, 0 to 10"
     best = 10.0
+    learns = True
 
     def learned(self, references: Iterable[References]) -> Metric:
         return _LearnedCider(references)

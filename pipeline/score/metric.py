@@ -47,6 +47,7 @@ class Metric:
 
     name: ClassVar[str]
     doc: ClassVar[str]  # one sentence for people
+    learns: ClassVar[bool] = False  # whether learned() has to be called
     best: ClassVar[float] = 1.0  # the highest value: 1, 100 as in sacrebleu, 10 of cider
 
     def score(self, response: str, references: References, options: Sequence[str]) -> float:
@@ -83,7 +84,7 @@ class Metric:
                 raise
         return scores
 
-    def value(self, sums_BS: Array, num_rows_B: Array | int) -> Array:
+    def value(self, sums_BS: Array, num_rows_B: Array) -> Array:
         """The metric [B] of records whose statistics sum up to this; NaN where it is not defined."""
         return ratio(sums_BS[..., 0], num_rows_B)
 
@@ -91,7 +92,7 @@ class Metric:
         """What each record [N] by itself would be given: what the worst rows are found by."""
         return self.value(statistics_NS, np.ones(len(statistics_NS)))
 
-    def parts(self, sums_BS: Array, num_rows_B: Array | int) -> Mapping[str, Array]:
+    def parts(self, sums_BS: Array, num_rows_B: Array) -> Mapping[str, Array]:
         """Further values [B] by name, such as precision and recall."""
         return {}
 
@@ -104,8 +105,8 @@ class Metric:
         return {}
 
 
-def ratio(above: Array, below: Array | int) -> Array:
+def ratio(above: Array, below: Array) -> Array:
     """Quotients, NaN where the divisor is 0."""
-    above, divisor = np.broadcast_arrays(above, np.asarray(below, np.float64))
+    above, divisor = np.broadcast_arrays(above, below)
     quotient: Array = np.divide(above, divisor, out=np.full(above.shape, np.nan), where=divisor != 0)
     return quotient

@@ -39,7 +39,7 @@ class YesNo(Metric):
             found[position, _UNPARSED] = response is not None and said is None
         return found
 
-    def parts(self, sums_BS: Array, num_rows_B: Array | int) -> dict[str, Array]:
+    def parts(self, sums_BS: Array, num_rows_B: Array) -> dict[str, Array]:
         true_yes, said_yes, is_yes = (sums_BS[..., column] for column in (_TRUE_YES, _SAID_YES, _IS_YES))
         return {
             "precision": ratio(true_yes, said_yes),
