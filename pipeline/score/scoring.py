@@ -82,7 +82,7 @@ def score(options: ScoreOptions) -> Scores:
         RunFailed: a file is damaged.
     """
     options.check()
-    metrics = metrics_named(options.metric)
+    metrics = metrics_named(options.metric or ["exact_match"])
     source = _Source(options)
     if any(metric.learns for metric in metrics):
         metrics = [metric.learned(source.references()) if metric.learns else metric for metric in metrics]
@@ -135,10 +135,10 @@ class _Source:
         for records, values in self._read():
             num = len(records.ids)
             self._examples = self._examples or records.ids[:2]
+            columns = {kind: values[kind] for kind in self._asked}
             if self.gold is not None:
-                values |= dict(zip(self.gold.columns, self.gold.values(records.ids), strict=True))
-            columns = {kind: values[name] for kind, name in self._in_gold.items()}
-            columns |= {kind: values[kind] for kind in self._asked}
+                gold = dict(zip(self.gold.columns, self.gold.values(records.ids), strict=True))
+                columns |= {kind: gold[name] for kind, name in self._in_gold.items()}
             yield self._batch(records, columns, num)
             start += num
 
