@@ -36,6 +36,7 @@ def make_workplace(folder: Path, page: Path) -> None:
     for number, data in enumerate(pictures[:4]):
         (folder / "photos" / f"{'cat' if number == 0 else f'img_{number}'}.png").write_bytes(data)
         (folder / "scans" / f"page-{number}.png").write_bytes(data)
+    (folder / "scans" / "page-3.png").write_bytes(b"a page that nobody can read")
     for name in ("a.jpg", "b.jpg"):
         (folder / name).write_bytes(pictures[0])
     (folder / "photos" / "cat.jpg").write_bytes(pictures[0])
