@@ -1,4 +1,4 @@
-"""The output of a run in pandas, DuckDB and datasets: python read_answers.py RUN. Plain Parquet: none of it needs us."""
+"""The output of a run in pandas, DuckDB and datasets: python read_answers.py RUN. It is plain Parquet."""
 
 from __future__ import annotations
 
