@@ -118,3 +118,16 @@ def test_a_value_that_is_not_defined_has_no_interval() -> None:
     resamples = bootstrap.Resamples(statistics)
     precision = resamples.interval(lambda sums, num: metric.parts(sums, num)["precision"])
     assert (precision.value, precision.low, precision.high) == (None, None, None)
+
+
+def test_where_all_are_right_the_interval_is_the_exact_one() -> None:
+    """Clopper and Pearson: of n right out of n the lower end is 0.025 ** (1 / n)."""
+    ten = interval(EXACT, np.ones((10, 1)))
+    assert (ten.value, ten.low, ten.high) == (1, pytest.approx(0.6915, abs=1e-4), 1)
+    none = interval(EXACT, np.zeros((20, 1)), np.repeat(np.arange(10), 2))  # ten rows of two samples
+    assert (none.value, none.low, none.high) == (0, 0, pytest.approx(0.3085, abs=1e-4))
+    halves = interval(METRICS["anls"], np.full((10, 1), 0.5))
+    assert (halves.low, halves.high) == (0.5, 0.5)
+    bleu = METRICS["bleu"]
+    whole = interval(bleu, bleu.rows(Cases(["a b c d e"] * 3, [["a b c d e"]] * 3)))
+    assert (whole.low, whole.high) == (pytest.approx(100), pytest.approx(100))

@@ -75,7 +75,7 @@ def test_a_run_against_a_column_of_its_input(tmp_path: Path) -> None:
         "sample_index": 0,
         "exact_match": None,
     }
-    assert "errors       1 records have no answer; they count as wrong" in told(predictions=str(run), reference="gold")
+    assert "errors       1 record without an answer, counted as wrong" in told(predictions=str(run), reference="gold")
 
 
 def test_groups_are_scored_by_themselves_and_null_is_one(tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_a_file_of_references_is_joined_by_id(tmp_path: Path) -> None:
     assert (found["num_without_reference"], found["num_unused_references"]) == (4, 2)
     assert [entry["group"] for entry in found["groups"]] == ["a"]
     text = told(**words)
-    assert "left out     4 records have no answer in the reference file" in text
-    assert "not asked    2 ids of the reference file are no record's" in text
+    assert "left out     4 records without a reference in the reference file" in text
+    assert "not asked    2 ids of the reference file, which no record has" in text
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".tsv", ".json", ".jsonl"])
@@ -209,7 +209,7 @@ def test_references_that_are_numbers_or_lists(tmp_path: Path) -> None:
 def test_records_that_come_twice_are_counted_and_said(tmp_path: Path) -> None:
     answers = lines(tmp_path / "a.jsonl", [{"id": 1, "response": "x", "gold": "x"}] * 2 + [{"id": 2, "gold": "y"}])
     assert scored(predictions=answers, reference="gold")["exact_match"]["num_repeated"] == 1
-    assert "repeated     1 records" in told(predictions=answers, reference="gold")
+    assert "repeated     1 record with the id" in told(predictions=answers, reference="gold")
 
 
 def test_the_answers_of_another_run_may_be_the_reference(tmp_path: Path) -> None:
