@@ -25,17 +25,14 @@ class Bleu(Metric):
     is_mean = False
 
     def rows(self, cases: Cases) -> Array:
-        tokenizer, vocabulary = tokenizer_13a(), Vocabulary()
-
-        def words(text: str) -> list[str]:
-            found: str = tokenizer(text.rstrip())
-            return found.split()
-
+        tokenizer = tokenizer_13a()
+        # It joins words that are divided at a line's end; else it looks at no more than what stands between blanks.
+        vocabulary = Vocabulary(lambda piece: tokenizer(piece).split())
         parts = [np.empty((0, 2 + 2 * _ORDERS))]
         for responses, references in parts_of(cases):
             rows = zip(responses, map(with_text, references), strict=True)
-            texts = vocabulary.texts([[words(answer), *map(words, right)] for answer, right in rows])
-            parts.append(_statistics(texts))
+            whole = [[text.rstrip().replace("-\n", "") for text in (answer, *right)] for answer, right in rows]
+            parts.append(_statistics(vocabulary.texts(whole)))
             forget_tokenized()
         return np.concatenate(parts)
 

@@ -45,13 +45,13 @@ class _LearnedCider(Cider):
     """With the number of rows whose references have each n-gram."""
 
     def __init__(self, references: Iterable[References]) -> None:
-        self._vocabulary = Vocabulary()
+        self._vocabulary = Vocabulary(caption_words)
         self._frequencies = [_Frequencies() for _ in range(_ORDERS)]
         self._num_rows = 0
         pending = iter(references)
         while rows := list(itertools.islice(pending, MOST_ROWS)):
             self._num_rows += len(rows)
-            texts = self._vocabulary.texts([[caption_words(text) for text in row[: MOST_SLOTS - 1]] for row in rows])
+            texts = self._vocabulary.texts([row[: MOST_SLOTS - 1] for row in rows])
             for frequencies, counts in zip(self._frequencies, texts.counts(_ORDERS), strict=True):
                 frequencies.add(counts.ngram_E[counts.first_G])
 
@@ -59,8 +59,7 @@ class _LearnedCider(Cider):
         parts = [np.empty(0)]
         for responses, references in parts_of(cases):
             rows = zip(responses, references, strict=True)
-            words = [[caption_words(answer), *map(caption_words, right)] for answer, right in rows]
-            parts.append(self._scores(self._vocabulary.texts(words)))
+            parts.append(self._scores(self._vocabulary.texts([[answer, *right] for answer, right in rows])))
         return np.concatenate(parts)[:, None]
 
     def _scores(self, texts: Texts) -> Array:
@@ -69,8 +68,7 @@ class _LearnedCider(Cider):
         similarity_RK = np.zeros(shape)
         for counts, frequencies in zip(texts.counts(_ORDERS), self._frequencies, strict=True):
             similarity_RK += self._cosine(counts, frequencies.of(counts.ngram_E), shape)
-        num_bigrams = np.maximum(num_words - 1, 0)  # coco-caption compares these
-        similarity_RK *= np.exp(-((num_bigrams[:, :1] - num_bigrams) ** 2) / (2 * _VARIANCE))
+        similarity_RK *= np.exp(-((num_words[:, :1] - num_words) ** 2) / (2 * _VARIANCE))
         is_reference = texts.is_there_RK[:, 1:]
         means: Array = (similarity_RK[:, 1:] * is_reference).sum(1) / is_reference.sum(1)
         return means * (self.best / _ORDERS)

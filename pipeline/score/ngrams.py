@@ -12,7 +12,7 @@ R: rows, X: texts, T: tokens of all texts, E: entries (a row, an n-gram and a sl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,8 @@ _SLOT_BITS = 6
 _HASH_MASK = np.uint64((1 << _HASH_BITS) - 1)
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of no pattern: 2**64 by the golden ratio
 _STEP = np.uint64(0xD1B54A32D192ED03)
+_LONG = 64  # letters: a longer piece is not kept
+_MOST_KNOWN = 1 << 20
 
 Whole = NDArray[np.intp]
 
@@ -125,17 +127,39 @@ def _mixed(tokens_T: NDArray[np.integer]) -> NDArray[np.uint64]:
 
 
 class Vocabulary:
-    """Words as whole numbers: the same word is the same number for as long as this lives."""
+    """Words as whole numbers: the same word is the same number for as long as this lives.
 
-    def __init__(self) -> None:
+    tokens: of one piece of text between blanks. What it made of a piece is kept, as most come again and again: with the
+    tokenizers of bleu and cider this takes a fifth of the time.
+    """
+
+    def __init__(self, tokens: Callable[[str], list[str]]) -> None:
+        self._tokens = tokens
         self._numbers: dict[str, int] = {}
+        self._known: dict[str, list[int]] = {}
 
-    def texts(self, rows: Sequence[Sequence[Sequence[str]]]) -> Texts:
+    def texts(self, rows: Sequence[Sequence[str]]) -> Texts:
         """Texts of words, those of a row together."""
-        numbers = self._numbers
-        tokens = [numbers.setdefault(word, len(numbers)) for texts in rows for words in texts for word in words]
-        lengths = [len(words) for texts in rows for words in texts]
+        tokens: list[int] = []
+        lengths: list[int] = []
+        known = self._known
+        for texts in rows:
+            for text in texts:
+                before = len(tokens)
+                for piece in text.split():
+                    found = known.get(piece)
+                    tokens += self._made(piece) if found is None else found
+                lengths.append(len(tokens) - before)
         return Texts(np.array(tokens, np.int64), np.array(lengths, np.intp), _sizes(rows))
+
+    def _made(self, piece: str) -> list[int]:
+        numbers = self._numbers
+        made = [numbers.setdefault(word, len(numbers)) for word in self._tokens(piece)]
+        if len(piece) <= _LONG:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[piece] = made
+        return made
 
 
 def texts_of_letters(rows: Sequence[Sequence[str]]) -> Texts:

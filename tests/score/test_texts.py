@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -131,6 +133,61 @@ def test_cider_of_the_published_case_of_aac_metrics() -> None:
     ]
     assert value("cider", answers, references) == pytest.approx(0.9614, abs=5e-5)
     assert row_scores("cider", answers, references) == pytest.approx([1.3641, 0.5587], abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "well-\nknown 3.5, a-\n b .5 1,000.-5 e.g. 5-6 ...,,, <skipped>x &quot;a&amp;lt; b&quot;",
+        "a\u2003b\x1cc.\u00a0,d \u4e2d\u6587\u3002 -\n- \n",
+        "x" * 70 + ", " + "x" * 70 + ",",
+        " .a ,b .. . ,, 1.,2 ,3 4. -5- {a|b}~[c]^_`d @/",
+    ],
+)
+def test_bleu_tokenizes_piece_by_piece_what_sacrebleu_tokenizes_as_a_whole(text: str) -> None:
+    answers = [f"{text} {text[::-1]}", text]
+    references = [[text, text[::-1] + " end"], [text[::-1], f"{text}, and {text}"]]
+    expected = BLEU().corpus_score(answers, columns(references))
+    sums = METRICS["bleu"].rows(Cases(answers, references)).sum(0)
+    assert [*sums] == [expected.sys_len, expected.ref_len, *expected.counts, *expected.totals]
+
+
+def cider_by_the_formula(answers: list[str], references: list[list[str]]) -> list[float]:
+    """CIDEr-D as the paper has it, in dictionaries."""
+
+    def counts(text: str, order: int) -> Counter[tuple[str, ...]]:
+        words = text.split()
+        return Counter(tuple(words[start : start + order]) for start in range(len(words) - order + 1))
+
+    scores = [0.0] * len(answers)
+    for order in range(1, 5):
+        rows = [{ngram for text in right for ngram in counts(text, order)} for right in references]
+        frequency = Counter(ngram for row in rows for ngram in row)
+
+        def vector(text: str, order: int, frequency: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+            rarity = {ngram: math.log(len(answers) / max(1, frequency[ngram])) for ngram in counts(text, order)}
+            return {ngram: number * rarity[ngram] for ngram, number in counts(text, order).items()}
+
+        for place, (answer, right) in enumerate(zip(answers, references, strict=True)):
+            mine = vector(answer, order, frequency)
+            for text in right:
+                theirs = vector(text, order, frequency)
+                common = sum(min(mine.get(ngram, 0), weight) * weight for ngram, weight in theirs.items())
+                norms = math.hypot(*mine.values()) * math.hypot(*theirs.values())
+                penalty = math.exp(-((len(answer.split()) - len(text.split())) ** 2) / 72)
+                scores[place] += 10 / 4 * penalty * common / norms / len(right) if norms else 0
+    return scores
+
+
+def test_cider_is_what_the_formula_gives() -> None:
+    rng = random.Random(7)
+    answers, *columns_of_three = [
+        [" ".join(rng.choices("abcd", k=rng.randint(0, 12))) for _ in range(40)] for _ in range(4)
+    ]
+    references = [list(right) for right in zip(*columns_of_three, strict=True)]
+    expected = cider_by_the_formula(answers, references)
+    assert row_scores("cider", answers, references) == pytest.approx(expected)
+    assert max(expected) > 1
 
 
 def test_cider_does_not_hang_on_how_many_records_are_counted_at_once() -> None:
