@@ -56,10 +56,18 @@ class Results:
             UsageError: there is no such column.
             RunFailed: a file cannot be read.
         """
-        names = [self._name(column) for column in columns]
         for path in self.files:
-            table = read_shard(path, list(dict.fromkeys(names)))
-            yield pa.table({column: _plain(table[name]) for column, name in zip(columns, names, strict=True)})
+            yield self.table(path, columns)
+
+    def table(self, path: Place, columns: Sequence[str]) -> pa.Table:
+        """The records of one of the files, as tables() gives them."""
+        names = [self._name(column) for column in columns]
+        table = read_shard(path, list(dict.fromkeys(names)))
+        return pa.table({column: _plain(table[name]) for column, name in zip(columns, names, strict=True)})
+
+    def num_rows(self, path: Place) -> int:
+        """How many records one of the files has, as its footer says."""
+        return _num_rows(path)
 
     def column(self, name: str) -> str:
         """How a column that the user named as it is called in the files is asked for in tables().

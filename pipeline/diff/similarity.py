@@ -1,0 +1,91 @@
+"""How alike two texts are, and which of their words differ.
+
+Similarity is 1 - distance / (length of both), where the distance counts the characters to delete and to insert
+(Indel, as rapidfuzz names it; difflib's ratio is the same idea, and was 100 times slower on answers of 300 characters).
+Texts of more than 10,000 characters are compared by words, which is 30 times quicker and means nearly the same.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UsageError
+
+_MAX_CHARACTERS = 10_000
+# A word, white space, or any other single character: joined, they are the text again.
+_PIECES = re.compile(r"\w+|\s+|[^\w\s]")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a text; changed: the other text has not got it there."""
+
+    text: str
+    changed: bool
+
+
+def require_rapidfuzz() -> None:
+    """Refuse to begin without the package that compares texts.
+
+    Raises:
+        UsageError: naming the extra.
+    """
+    try:
+        import rapidfuzz  # noqa: F401
+    except ImportError:
+        raise UsageError("vlm-batch diff needs rapidfuzz: pip install 'vlm-batch[diff]'.") from None
+
+
+def normalized(text: str) -> str:
+    """A text without what is mere form: Unicode composition (NFC), case, white space at its ends and of other lengths.
+
+    NFC and not NFKC, which makes x2 of x squared.
+    """
+    return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split())
+
+
+def similarities(a: Sequence[str], b: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """How alike a[n] and b[n] are: 0 = nothing in common, 1 = equal."""
+    from rapidfuzz import process
+    from rapidfuzz.distance import Indel
+
+    found = np.empty(len(a), np.float32)
+    long = [n for n, (one, other) in enumerate(zip(a, b, strict=True)) if max(len(one), len(other)) > _MAX_CHARACTERS]
+    short = np.setdiff1d(np.arange(len(a)), long, assume_unique=True)
+    if len(short):
+        found[short] = process.cpdist(
+            [a[n] for n in short], [b[n] for n in short], scorer=Indel.normalized_similarity, dtype=np.float32
+        )
+    for n in long:
+        found[n] = Indel.normalized_similarity(_pieces(a[n]), _pieces(b[n]))
+    return found
+
+
+def spans(a: str, b: str) -> tuple[list[Span], list[Span]]:
+    """Both texts in parts, by words: those of a that b has not got, and the other way round, are marked."""
+    from rapidfuzz.distance import Indel
+
+    left, right = _pieces(a), _pieces(b)
+    found: tuple[list[Span], list[Span]] = ([], [])
+    for step in Indel.opcodes(left, right):
+        for spans, pieces, start, stop in (
+            (found[0], left, step.src_start, step.src_end),
+            (found[1], right, step.dest_start, step.dest_end),
+        ):
+            if start == stop:
+                continue
+            text, changed = "".join(pieces[start:stop]), step.tag != "equal"
+            if spans and spans[-1].changed == changed:
+                text = spans.pop().text + text
+            spans.append(Span(text, changed))
+    return found
+
+
+def _pieces(text: str) -> list[str]:
+    return _PIECES.findall(text)
