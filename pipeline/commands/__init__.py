@@ -28,5 +28,10 @@ COMMANDS = {
             "prove that every row of the plan has exactly one record; deep=true reads the images again, too",
             Keys.OUTPUT_DIR,
         ),
+        Command(
+            "diff",
+            "two runs, or two prompts of one, side by side: what changed, how much, and whether it is better",
+            Keys.NONE,
+        ),
     )
 }

@@ -122,12 +122,12 @@ def _blocks(
     a: Side, b: Side, pairs: Pairs, a_columns: Sequence[str], b_columns: Sequence[str]
 ) -> Iterator[PairBlock]:
     for where, left, right in pair_tables(a, b, pairs, a_columns, b_columns):
-        found = tuple(_error_classes(table, side) for table, side in ((left, a), (right, b)))
+        found = tuple(error_classes(table, side) for table, side in ((left, a), (right, b)))
         change, similarity = changes(left, right, (a.response, b.response), found)
         yield PairBlock(where, left, right, *found, change, similarity)
 
 
-def _error_classes(table: pa.Table, side: Side) -> list[str | None]:
+def error_classes(table: pa.Table, side: Side) -> list[str | None]:
     """Class of each record's error; None where it has an answer."""
     there = answered(table, side.response).to_pylist()
     if all(there):

@@ -33,6 +33,7 @@ class Pairs:
     only_in_a: Places
     only_in_b: Places
     key: str  # what they were joined by
+    key_columns: tuple[str, str]  # of a and of b, as Results.tables() knows them
     a_starts: Places  # the place of each file's first record, and behind them the number of records
     b_starts: Places
 
@@ -72,7 +73,7 @@ def paired(a: Side, b: Side, key: str | None) -> Pairs:
     if not len(both) and len(only_a) and len(only_b):
         raise UsageError(_nothing_in_common(left, right))
     spelled = ", ".join([key or "id", *(["prompt_name"] if by_prompt else []), "sample_index"])
-    return Pairs(both[:, 0], both[:, 1], only_a, only_b, spelled, left.starts, right.starts)
+    return Pairs(both[:, 0], both[:, 1], only_a, only_b, spelled, (key_a, key_b), left.starts, right.starts)
 
 
 def pair_tables(

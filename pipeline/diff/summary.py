@@ -11,11 +11,12 @@ import numpy as np
 from pipeline.diff.change import Change
 from pipeline.diff.comparison import Comparison, Numbers
 from pipeline.diff.provenance import models, numeric_differences, setting_differences, version_differences
+from pipeline.diff.scores import Scores
 from pipeline.diff.side import Side
 
 
-def summary(a: Side, b: Side, comparison: Comparison) -> dict[str, Any]:
-    """Everything that was counted, as JSON values."""
+def summary(a: Side, b: Side, comparison: Comparison, scores: Scores | None, *, seed: int) -> dict[str, Any]:
+    """Everything that was counted, as JSON values. seed: of the bootstrap."""
     pairs = comparison.pairs
     return {
         "a": _side(a, len(pairs) + len(pairs.only_in_a)),
@@ -40,7 +41,8 @@ def summary(a: Side, b: Side, comparison: Comparison) -> dict[str, Any]:
         "settings": [asdict(entry) for entry in setting_differences(a, b)],
         "versions": [asdict(entry) for entry in version_differences(a, b)],
         "numerics": [asdict(entry) for entry in numeric_differences(a, b)],
-        "by": {name: _by(comparison, name) for name in comparison.groups},
+        "scores": scores.of(seed=seed) if scores else {},
+        "by": {name: _by(comparison, name, scores, seed) for name in comparison.groups},
     }
 
 
@@ -86,7 +88,7 @@ def _lengths(a: Numbers, b: Numbers) -> dict[str, Any] | None:
     return {"num_records": len(a), **sides, "num_longer_in_b": longer, "num_shorter_in_b": shorter}
 
 
-def _by(comparison: Comparison, name: str) -> Sequence[Mapping[str, Any]]:
+def _by(comparison: Comparison, name: str, scores: Scores | None, seed: int) -> Sequence[Mapping[str, Any]]:
     return [
         {
             "value": value,
@@ -94,6 +96,7 @@ def _by(comparison: Comparison, name: str) -> Sequence[Mapping[str, Any]]:
             "changes": _counts(comparison, numbers),
             "similarity": _spread(_known(comparison.similarity[numbers])),
             "num_generated_tokens": _lengths(*(tokens[numbers] for tokens in comparison.tokens)),
+            "scores": scores.of(numbers, seed=seed) if scores else {},
         }
         for value, numbers in comparison.groups[name]
     ]
