@@ -62,12 +62,8 @@ def changes(
 
     a, b: records beside each other. responses: the columns of the answers. errors: class of each record's error.
     """
-    left, right = (
-        table[column].cast(pa.large_string()) for table, column in zip((a, b), responses, strict=True)
-    )
-    has_a, has_b = (
-        answered(table, column).to_numpy() for table, column in zip((a, b), responses, strict=True)
-    )
+    left, right = (table[column].cast(pa.large_string()) for table, column in zip((a, b), responses, strict=True))
+    has_a, has_b = (answered(table, column).to_numpy() for table, column in zip((a, b), responses, strict=True))
     equal = pc.fill_null(pc.equal(left, right), False).to_numpy()
     both = has_a & has_b
     same_error = np.fromiter((one == other for one, other in zip(*errors, strict=True)), bool, len(a))

@@ -104,5 +104,7 @@ def _write(path: Place, text: str) -> None:
 def _exit_code(found: Mapping[str, Any], min_same: float | None) -> int:
     if min_same is None or found["share_same"] >= min_same:
         return 0
-    print(f"FAILED    {found['share_same']:.4%} of {found['num_records']:,} records are the same; min_same={min_same:g}")
+    print(
+        f"FAILED    {found['share_same']:.4%} of {found['num_records']:,} records are the same; min_same={min_same:g}"
+    )
     return 1

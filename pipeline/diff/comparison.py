@@ -118,9 +118,7 @@ def compare(
     return comparison
 
 
-def _blocks(
-    a: Side, b: Side, pairs: Pairs, a_columns: Sequence[str], b_columns: Sequence[str]
-) -> Iterator[PairBlock]:
+def _blocks(a: Side, b: Side, pairs: Pairs, a_columns: Sequence[str], b_columns: Sequence[str]) -> Iterator[PairBlock]:
     for where, left, right in pair_tables(a, b, pairs, a_columns, b_columns):
         found = tuple(error_classes(table, side) for table, side in ((left, a), (right, b)))
         change, similarity = changes(left, right, (a.response, b.response), found)

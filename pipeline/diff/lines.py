@@ -74,9 +74,7 @@ def _length_lines(lengths: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _crossed_lines(title: str, counts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    rows = [
-        f"{entry['num_records']:>9,}  {entry['a'] or 'answered'} -> {entry['b'] or 'answered'}" for entry in counts
-    ]
+    rows = [f"{entry['num_records']:>9,}  {entry['a'] or 'answered'} -> {entry['b'] or 'answered'}" for entry in counts]
     yield from _titled(title, rows)
 
 

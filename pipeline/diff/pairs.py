@@ -139,12 +139,15 @@ class _Keys:
         path = results.files[number]
         table = results.table(path, list(dict.fromkeys(asked)))
         length = len(table)
-        prompts = table["prompt_name"].cast(pa.large_string()) if "prompt_name" in asked else pa.nulls(length)
+        text = pa.large_string()
+        prompts = table["prompt_name"].cast(text) if "prompt_name" in asked else pa.nulls(length)
         samples = table["sample_index"].cast(pa.int32()) if "sample_index" in asked else np.zeros(length, np.int32)
         keys = pa.table(
             {
                 "key": table[self._column].cast(self._type),
-                "prompt": pc.fill_null(prompts, "") if self._by_prompt else pa.repeat("", length).cast(pa.large_string()),
+                "prompt": pc.fill_null(prompts, "")
+                if self._by_prompt
+                else pa.repeat("", length).cast(pa.large_string()),
                 "sample": pc.fill_null(samples, 0) if "sample_index" in asked else pa.array(samples),
                 "place": pa.array(np.arange(length, dtype=np.int64) + self.starts[number]),
             }
@@ -215,8 +218,8 @@ def _by_prompt(a: Side, b: Side) -> bool:
     for side, other in ((a, b), (b, a)):
         if not side.prompt_names:
             raise UsageError(
-                f"{other.name} has answers to the prompts {', '.join(other.prompt_names)}, and {side.name} does not say "
-                f"(it has no column prompt_name). Choose one: {other.name}_prompt=NAME."
+                f"{other.name} has answers to the prompts {', '.join(other.prompt_names)}, and {side.name} does not "
+                f"say (it has no column prompt_name). Choose one: {other.name}_prompt=NAME."
             )
     return True
 
@@ -242,9 +245,7 @@ def _spelled(row: dict[str, Any]) -> str:
 
 
 def _nothing_in_common(left: _Keys, right: _Keys) -> str:
-    some = [
-        ", ".join(map(_spelled, next(iter(keys)).slice(0, 3).to_pylist())) for keys in (left, right)
-    ]
+    some = [", ".join(map(_spelled, next(iter(keys)).slice(0, 3).to_pylist())) for keys in (left, right)]
     return (
         f"no record of a is in b: a has {some[0]} ..., b has {some[1]} ... Name a column whose values are the same in "
         "both with key=COLUMN (key=row_index: by position), and prompts of other names with a_prompt= and b_prompt=."

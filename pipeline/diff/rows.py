@@ -95,9 +95,7 @@ def _table(length: int, columns: dict[str, Any], change: Any, similarity: Any) -
 
 
 @contextmanager
-def changed_rows_file(
-    path: Place, a: Side, b: Side, pairs: Pairs
-) -> Iterator[Callable[[PairBlock], None]]:
+def changed_rows_file(path: Place, a: Side, b: Side, pairs: Pairs) -> Iterator[Callable[[PairBlock], None]]:
     """Write the records that are not the same in both; what is given writes those of a block.
 
     The file appears under its name when all is written: pairs in the order of a, those of one side alone behind them.

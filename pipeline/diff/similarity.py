@@ -18,8 +18,11 @@ import numpy as np
 from pipeline.errors import UsageError
 
 _MAX_CHARACTERS = 10_000
-# A word, white space, or any other single character: joined, they are the text again.
-_PIECES = re.compile(r"\w+|\s+|[^\w\s]")
+_MAX_PIECES = 20_000  # of a text whose words are marked: 50 MB for the comparison of two
+# A character of a script without blanks between words, white space, a word with its marks and joiners, or any other
+# single character. Joined, they are the text again.
+_ALONE = "\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_PIECES = re.compile(rf"[{_ALONE}]|\s+|[^\s!-/:-@\[-`{{-~\u2010-\u2027\u2030-\u205e{_ALONE}]+|.", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,13 @@ def similarities(a: Sequence[str], b: Sequence[str]) -> np.ndarray[Any, np.dtype
 
 
 def spans(a: str, b: str) -> tuple[list[Span], list[Span]]:
-    """Both texts in parts, by words: those of a that b has not got, and the other way round, are marked."""
+    """Both texts in parts, by words: those of a that b has not got, and the other way round, are marked.
+
+    Of a text of more than 20,000 words and marks the parts behind them are left out.
+    """
     from rapidfuzz.distance import Indel
 
-    left, right = _pieces(a), _pieces(b)
+    left, right = _pieces(a)[:_MAX_PIECES], _pieces(b)[:_MAX_PIECES]
     found: tuple[list[Span], list[Span]] = ([], [])
     for step in Indel.opcodes(left, right):
         for spans, pieces, start, stop in (
