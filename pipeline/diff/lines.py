@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.diff.change import Change
+from pipeline.diff.change import UNCHANGED, Change
 
 _MOST_LINES = 12  # of each list; diff.json has all
 _MAX_CHARACTERS = 100  # of a value
@@ -57,8 +57,8 @@ def _similarity_lines(found: Mapping[str, Any]) -> Iterator[str]:
     alike = found["similarity"]
     if alike["mean"] is not None:
         yield (
-            f"alike     mean {alike['mean']:.3f}, median {alike['median']:.3f}, lowest twentieth under "
-            f"{alike['p5']:.3f}, lowest {alike['lowest']:.3f} (1 = equal)"
+            f"alike     mean {alike['mean']:.3f}, median {alike['median']:.3f}, p5 {alike['p5']:.3f}, "
+            f"lowest {alike['lowest']:.3f} (1 = equal)"
         )
 
 
@@ -86,32 +86,47 @@ def _difference_lines(title: str, differences: Sequence[Mapping[str, Any]]) -> I
 
 
 def _score_lines(scores: Mapping[str, Any]) -> Iterator[str]:
-    rows = [f"{name:24} {_score(entry)}" for name, entry in scores.items()]
+    rows = [f"{name:24} {_score(entry)}, {entry['num_rows']:,} records" for name, entry in scores.items()]
     yield from _titled("scores", rows)
 
 
 def _group_lines(column: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each value, with one metric behind it, or several below it."""
+    names = ["null" if group["value"] is None else _short(group["value"], 28) for group in groups[:_MOST_LINES]]
+    width = max(map(len, names), default=0)
     rows = []
-    for group in groups:
-        same = group["changes"]["same"] + group["changes"]["same_error"]
-        alike = group["similarity"]["mean"]
-        value = "null" if group["value"] is None else _short(group["value"], 28)
-        text = f"{value:28} {group['num_records']:>10,} records  same {same / group['num_records']:>6.1%}"
+    for name, group in zip(names, groups, strict=False):
+        alike, scores = group["similarity"]["mean"], group["scores"]
+        text = f"{name:{width}} {group['num_records']:>9,}  same {share_same(group):>6.1%}"
         text += f"  alike {alike:.3f}" if alike is not None else ""
-        for name, entry in group["scores"].items():
-            text += f"\n                {name} {_score(entry)}"
+        if len(scores) == 1:
+            text += "".join(f"  {metric} {_score(entry)}" for metric, entry in scores.items())
         rows.append(text)
-    yield from _titled(f"by {column}", rows)
+        rows += [f"  {metric:24} {_score(entry)}" for metric, entry in scores.items() if len(scores) > 1]
+    yield f"by {column}"
+    yield from (f"          {row}" for row in rows)
+    if len(groups) > len(names):
+        yield f"          and {len(groups) - len(names):,} more, see diff.json"
+
+
+def share_same(group: Mapping[str, Any]) -> float:
+    """Of the records of a group, those with the same outcome."""
+    changes: Mapping[str, int] = group["changes"]
+    return sum(changes[change.word] for change in UNCHANGED) / max(1, group["num_records"])
 
 
 def _score(entry: Mapping[str, Any]) -> str:
     if entry["difference"] is None:
         return f"not defined on {entry['num_rows']:,} records"
-    text = f"{entry['a']:.4g} -> {entry['b']:.4g}, difference {entry['difference']:+.4g}"
+    text = f"{entry['a']:.4g} -> {entry['b']:.4g}, {entry['difference']:+.4f}"
     if entry["low"] is not None:
-        sure = "" if entry["low"] <= 0 <= entry["high"] else ", more than chance"
-        text += f" [{entry['low']:+.4g}, {entry['high']:+.4g}]{sure}"
-    return f"{text}, {entry['num_rows']:,} records"
+        text += f" [{entry['low']:+.4f}, {entry['high']:+.4f}]{', more than chance' if beyond_chance(entry) else ''}"
+    return text
+
+
+def beyond_chance(entry: Mapping[str, Any]) -> bool:
+    """Whether the interval of a difference leaves out 0."""
+    return entry["low"] is not None and not entry["low"] <= 0 <= entry["high"]
 
 
 def _titled(title: str, rows: Sequence[str]) -> Iterator[str]:

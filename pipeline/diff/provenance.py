@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
-
 from pipeline.diff.side import Side
 from pipeline.plan import Plan
 from pipeline.write.shard import shard_files, summaries_of_plan
@@ -50,7 +48,7 @@ def models(side: Side) -> list[str]:
     found: dict[str, None] = {}
     paths = side.results.files[:1] if side.results.plan else side.results.files  # a plan has one model
     for path in paths:
-        for row in pc.unique(side.results.table(path, names).to_struct_array().combine_chunks()).to_pylist():
+        for row in side.results.table(path, names).group_by(names, use_threads=False).aggregate([]).to_pylist():
             found[" ".join(str(value) for value in row.values() if value is not None)] = None
     return [*found]
 

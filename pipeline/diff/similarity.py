@@ -1,8 +1,12 @@
 """How alike two texts are, and which of their words differ.
 
-Similarity is 1 - distance / (length of both), where the distance counts the characters to delete and to insert
-(Indel, as rapidfuzz names it; difflib's ratio is the same idea, and was 100 times slower on answers of 300 characters).
-Texts of more than 10,000 characters are compared by words, which is 30 times quicker and means nearly the same.
+Similarity is 1 - distance / (length of both), where the distance counts the characters to delete and to insert: Indel,
+as rapidfuzz names it. On answers of 300 characters it took 30 microseconds a pair where difflib's ratio, which means
+much the same, took 33 milliseconds.
+
+The time grows with the square of the length: a pair of 100,000 characters takes 0.2 s by characters and 0.06 s by words.
+So texts of more than 10,000 characters are compared by words and marks, and of more than 50,000 of these the first
+50,000.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import numpy as np
 from pipeline.errors import UsageError
 
 _MAX_CHARACTERS = 10_000
-_MAX_PIECES = 20_000  # of a text whose words are marked: 50 MB for the comparison of two
+_MAX_PIECES = 50_000
+_MAX_MARKED_PIECES = 20_000  # 50 MB for the comparison of two texts
 # A character of a script without blanks between words, white space, a word with its marks and joiners, or any other
 # single character. Joined, they are the text again.
 _ALONE = "\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
@@ -66,7 +71,7 @@ def similarities(a: Sequence[str], b: Sequence[str]) -> np.ndarray[Any, np.dtype
             [a[n] for n in short], [b[n] for n in short], scorer=Indel.normalized_similarity, dtype=np.float32
         )
     for n in long:
-        found[n] = Indel.normalized_similarity(_pieces(a[n]), _pieces(b[n]))
+        found[n] = Indel.normalized_similarity(_pieces(a[n])[:_MAX_PIECES], _pieces(b[n])[:_MAX_PIECES])
     return found
 
 
@@ -77,7 +82,7 @@ def spans(a: str, b: str) -> tuple[list[Span], list[Span]]:
     """
     from rapidfuzz.distance import Indel
 
-    left, right = _pieces(a)[:_MAX_PIECES], _pieces(b)[:_MAX_PIECES]
+    left, right = _pieces(a)[:_MAX_MARKED_PIECES], _pieces(b)[:_MAX_MARKED_PIECES]
     found: tuple[list[Span], list[Span]] = ([], [])
     for step in Indel.opcodes(left, right):
         for spans, pieces, start, stop in (
