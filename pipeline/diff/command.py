@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.diff.comparison import Comparison, PairBlock, compare
 from pipeline.diff.lines import summary_lines
 from pipeline.diff.options import DiffOptions
+from pipeline.diff.page import diff_page
 from pipeline.diff.pairs import Pairs, paired
 from pipeline.diff.rows import changed_rows_file, identity_columns
 from pipeline.diff.scores import Scores
@@ -39,6 +40,7 @@ def run_diff(options: DiffOptions) -> int:
     a = open_side("a", options.a, prompt=options.a_prompt, response=options.a_response)
     b = open_side("b", options.b, prompt=options.b_prompt, response=options.b_response)
     json_path = _output(b, "diff.json", "diff_output", options.diff_output)
+    html_path = _output(b, "diff.html", "html", options.html)
     pairs = paired(a, b, options.key)
     scores = None
     if options.reference is not None:
@@ -51,6 +53,10 @@ def run_diff(options: DiffOptions) -> int:
     print(shown(f"counts    {json_path}"))
     if options.changed_rows is not None:
         print(shown(f"rows      {options.changed_rows}"))
+    if options.html_rows:
+        page = diff_page(a, b, comparison, found, scores, most=options.html_rows, seed=options.seed, root=options.root)
+        _write(html_path, page)
+        print(shown(f"page      {html_path}"))
     return _exit_code(found, options.min_same)
 
 

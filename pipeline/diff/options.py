@@ -30,4 +30,5 @@ class DiffOptions:
     changed_rows: str | None = option(None, "Parquet file of every record that is not the same in both; null = none")
     html: str | None = option(None, "the page of changed records side by side; null = diff.html in the folder of b")
     html_rows: int = option(300, "records on the page at most; 0 = no page", least=0)
+    root: str | None = option(None, "folder or URL that the pictures lie in now; null = where the runs found them")
     seed: int = option(42, "of the bootstrap, and of what is drawn for the page")

@@ -37,6 +37,8 @@ def version_differences(a: Side, b: Side) -> list[Difference]:
 def numeric_differences(a: Side, b: Side) -> list[Difference]:
     """What else may change last digits: engine, kernels, device, as the shards' footers say; values of several shards
     stand beside each other."""
+    if a.results.plan is None or b.results.plan is None:
+        return []
     return _differences(_numerics(a), _numerics(b))
 
 

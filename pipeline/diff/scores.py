@@ -6,7 +6,7 @@ draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,13 +88,29 @@ class Scores:
             }
         return found
 
-    def gains(self) -> tuple[Numbers, Array]:
-        """Pairs with a reference, and how much better b is by the first metric, each record by itself."""
-        a, b = self._statistics[0]
-        if not a:
-            return self._known, np.zeros(0)
-        metric = self._metrics[0]
-        return self._known, metric.row_scores(np.concatenate(b)) - metric.row_scores(np.concatenate(a))
+    def by_record(self) -> tuple[Numbers, Array, Array]:
+        """Pairs with a reference, and what the first metric gives a and b, each record by itself."""
+        a, b = (np.concatenate(rows) if rows else None for rows in self._statistics[0])
+        if a is None or b is None:
+            return self._known, np.zeros(0), np.zeros(0)
+        return self._known, self._metrics[0].row_scores(a), self._metrics[0].row_scores(b)
+
+    def of_records(self, numbers: Numbers) -> dict[int, tuple[list[str], list[str]]]:
+        """What the first metric gives a and b in these pairs, as people read it; pairs without a reference are left
+        out."""
+        known, a, b = self.by_record()
+        wanted = set(numbers.tolist())
+        name = self._metrics[0].name
+        return {
+            int(number): ([f"{name} {one:.3g}"], [f"{name} {other:.3g}"])
+            for number, one, other in zip(known, a, b, strict=True)
+            if number in wanted
+        }
+
+    def references_in(self, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> References:
+        """The references of a record, from the rows of both sides that hold the columns."""
+        row = (a, b)[self._holder]
+        return as_references(row[self._column]) if row else []
 
     @property
     def _known(self) -> Numbers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,70 +10,87 @@ import numpy as np
 
 from pipeline.diff.change import Change
 from pipeline.diff.comparison import Comparison
+from pipeline.diff.scores import Scores
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-SHOWN = (
-    Change.CHANGED,
-    Change.ONLY_A_ANSWERED,
-    Change.ONLY_B_ANSWERED,
-    Change.OTHER_ERROR,
-    Change.SAME_NORMALIZED,
-    Change.ONLY_IN_A,
-    Change.ONLY_IN_B,
-)
-"""In the order of the page."""
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Records with the same outcome: numbers of pairs, or places of records of one side alone."""
+
+    name: str
+    title: str
+    change: Change
+    numbers: Numbers
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether they are records of one side alone."""
+        return self.change in (Change.ONLY_IN_A, Change.ONLY_IN_B)
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Records of one outcome, the least alike first: numbers of pairs, or places of records of one side alone."""
+    """Those of a kind that are shown, the least alike first."""
 
-    change: Change
+    kind: Kind
     numbers: Numbers
     num_least_alike: int  # how many were taken for that; the others are drawn at random
-    num_all: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether these are all records with this outcome."""
-        return len(self.numbers) == self.num_all
 
 
-def selections(comparison: Comparison, most: int, seed: int) -> list[Selection]:
-    """Records of every outcome but the same, at most so many in all.
+def kinds(comparison: Comparison, scores: Scores | None) -> list[Kind]:
+    """What there is to show, in the order of the page: everything but the same. With scores, changed answers are
+    parted into better and worse ones by the first metric."""
+    changed = np.flatnonzero(comparison.change == Change.CHANGED)
+    parts = [("changed", "Changed", changed)]
+    if scores is not None:
+        known, of_a, of_b = scores.by_record()
+        better, worse = np.isin(changed, known[of_b > of_a]), np.isin(changed, known[of_b < of_a])
+        parts = [
+            ("worse", "Worse in b", changed[worse]),
+            ("better", "Better in b", changed[better]),
+            ("changed", "Changed, as good", changed[~better & ~worse]),
+        ]
+    found = [Kind(name, title, Change.CHANGED, numbers) for name, title, numbers in parts]
+    for change, title in (
+        (Change.ONLY_A_ANSWERED, "Answered in a alone"),
+        (Change.ONLY_B_ANSWERED, "Answered in b alone"),
+        (Change.OTHER_ERROR, "Other errors"),
+        (Change.SAME_NORMALIZED, "White space, case"),
+    ):
+        found.append(Kind(change.word, title, change, np.flatnonzero(comparison.change == change)))
+    found.append(Kind("only_in_a", "Only in a", Change.ONLY_IN_A, comparison.pairs.only_in_a))
+    found.append(Kind("only_in_b", "Only in b", Change.ONLY_IN_B, comparison.pairs.only_in_b))
+    return [kind for kind in found if len(kind.numbers)]
+
+
+def selections(comparison: Comparison, scores: Scores | None, most: int, seed: int) -> list[Selection]:
+    """Records of every kind, at most so many in all.
 
     Of changed answers half are the least alike ones and half are drawn from the others at random, since the worst say
     little about the usual. Of other outcomes all are drawn.
     """
     rng = np.random.default_rng(seed)
     found = []
-    for change, quota in quotas({change: comparison.num(change) for change in SHOWN}, most).items():
-        numbers = _all(comparison, change)
-        num_least = 0
-        if change is Change.CHANGED:
+    there = kinds(comparison, scores)
+    shares = quotas({kind.name: len(kind.numbers) for kind in there}, most)
+    for kind in there:
+        numbers, quota, num_least = kind.numbers, shares[kind.name], 0
+        if kind.change is Change.CHANGED:
             numbers = numbers[np.argsort(comparison.similarity[numbers], kind="stable")]
             num_least = quota if quota == len(numbers) else -(-quota // 2)
         drawn = np.sort(rng.choice(len(numbers) - num_least, quota - num_least, replace=False)) + num_least
-        chosen = np.concatenate([numbers[:num_least], numbers[drawn]])
-        found.append(Selection(change, chosen, num_least, len(numbers)))
-    return found
+        found.append(Selection(kind, np.concatenate([numbers[:num_least], numbers[drawn]]), num_least))
+    return [selection for selection in found if len(selection.numbers)]
 
 
-def quotas(counts: Mapping[Change, int], most: int) -> dict[Change, int]:
+def quotas(counts: Mapping[str, int], most: int) -> dict[str, int]:
     """How many of each kind may be shown: all of the rare ones, and of the others the same number."""
-    found: dict[Change, int] = {}
+    found: dict[str, int] = {}
     left = most
-    rarest_first: Sequence[Change] = sorted((change for change in counts if counts[change]), key=lambda c: counts[c])
-    for number, change in enumerate(rarest_first):
-        found[change] = min(counts[change], left // (len(rarest_first) - number))
-        left -= found[change]
-    return {change: found[change] for change in counts if found.get(change)}
-
-
-def _all(comparison: Comparison, change: Change) -> Numbers:
-    if change is Change.ONLY_IN_A:
-        return comparison.pairs.only_in_a
-    if change is Change.ONLY_IN_B:
-        return comparison.pairs.only_in_b
-    return np.flatnonzero(comparison.change == change)
+    rarest_first = sorted(counts, key=lambda name: counts[name])
+    for number, name in enumerate(rarest_first):
+        found[name] = min(counts[name], left // (len(rarest_first) - number))
+        left -= found[name]
+    return found

@@ -19,8 +19,8 @@ def summary(a: Side, b: Side, comparison: Comparison, scores: Scores | None, *, 
     """Everything that was counted, as JSON values. seed: of the bootstrap."""
     pairs = comparison.pairs
     return {
-        "a": _side(a, len(pairs) + len(pairs.only_in_a)),
-        "b": _side(b, len(pairs) + len(pairs.only_in_b)),
+        "a": _side(a, b, len(pairs) + len(pairs.only_in_a)),
+        "b": _side(b, a, len(pairs) + len(pairs.only_in_b)),
         "joined_by": pairs.key,
         "num_records": comparison.num_records,
         "num_compared": len(pairs),
@@ -46,9 +46,10 @@ def summary(a: Side, b: Side, comparison: Comparison, scores: Scores | None, *, 
     }
 
 
-def _side(side: Side, num_compared: int) -> dict[str, Any]:
+def _side(side: Side, other: Side, num_compared: int) -> dict[str, Any]:
     plan = side.results.plan
     return {
+        "label": _label(side, other),
         "path": str(side.results.path),
         "run_id": plan.plan_id if plan else None,
         "models": models(side),
@@ -58,6 +59,15 @@ def _side(side: Side, num_compared: int) -> dict[str, Any]:
         "num_published": side.results.num_records,
         "num_planned": plan.num_records if plan else None,
     }
+
+
+def _label(side: Side, other: Side) -> str:
+    """A short name: what tells the two apart."""
+    if side.results.path == other.results.path and side.prompt_names != other.prompt_names:
+        return ", ".join(side.prompt_names)
+    if side.results.path == other.results.path and side.response != other.response:
+        return side.response.removeprefix("input.")
+    return side.results.path.name or str(side.results.path)
 
 
 def _spread(values: Any) -> dict[str, float | None]:
