@@ -73,13 +73,16 @@ def card(
 
 def _answers(sides: tuple[Side, Side], rows: tuple[Row | None, Row | None], most: int) -> Sequence[Sequence[Part]]:
     # Secrets go before the texts are taken apart: in parts nobody would know them.
-    texts = [
-        None if row is None else redacted((row.get("error_message") or "" if row[ERROR] else row[side.response]) or "")
-        for side, row in zip(sides, rows, strict=True)
-    ]
+    texts = [None if row is None else redacted(_said(side, row)) for side, row in zip(sides, rows, strict=True)]
     if texts[0] is not None and texts[1] is not None and not any(row and row[ERROR] for row in rows):
         return marked(texts[0], texts[1], most)
     return [plain(text or "", most) for text in texts]
+
+
+def _said(side: Side, row: Row) -> str:
+    """The answer, or the message of the error in its place."""
+    value = row.get("error_message") if row[ERROR] else row[side.response]
+    return "" if value is None else str(value)
 
 
 def _identity(rows: tuple[Row | None, Row | None]) -> list[str]:
@@ -100,4 +103,5 @@ def _ending(row: Row) -> list[str]:
 
 
 def _cut(text: str) -> str:
+    text = redacted(text)  # before it is cut: half a secret would not be known for one
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."

@@ -56,7 +56,7 @@ UNCHANGED = (Change.SAME, Change.SAME_ERROR)
 
 
 def changes(
-    a: pa.Table, b: pa.Table, responses: tuple[str, str], errors: tuple[Sequence[str], Sequence[str]]
+    a: pa.Table, b: pa.Table, responses: tuple[str, str], errors: tuple[Sequence[str | None], Sequence[str | None]]
 ) -> tuple[Changes, Similarities]:
     """What became of each pair, and how alike its answers are; nan where one of them is none.
 

@@ -120,9 +120,9 @@ def compare(
 
 def _blocks(a: Side, b: Side, pairs: Pairs, a_columns: Sequence[str], b_columns: Sequence[str]) -> Iterator[PairBlock]:
     for where, left, right in pair_tables(a, b, pairs, a_columns, b_columns):
-        found = tuple(error_classes(table, side) for table, side in ((left, a), (right, b)))
-        change, similarity = changes(left, right, (a.response, b.response), found)
-        yield PairBlock(where, left, right, *found, change, similarity)
+        a_errors, b_errors = error_classes(left, a), error_classes(right, b)
+        change, similarity = changes(left, right, (a.response, b.response), (a_errors, b_errors))
+        yield PairBlock(where, left, right, a_errors, b_errors, change, similarity)
 
 
 def error_classes(table: pa.Table, side: Side) -> list[str | None]:
@@ -140,7 +140,7 @@ def _count(comparison: Comparison, block: PairBlock) -> None:
         if NUM_TOKENS in table.column_names:
             held[where] = table[NUM_TOKENS].cast(pa.float64()).to_numpy()
     failed = np.flatnonzero(block.change > Change.CHANGED)
-    comparison.errors.update((block.a_errors[n], block.b_errors[n]) for n in failed)
+    comparison.errors.update((block.a_errors[n], block.b_errors[n]) for n in failed.tolist())
     if _both(a, b, "finish_reason"):
         answers = pa.array(block.change <= Change.CHANGED)
         ends = (pc.fill_null(table["finish_reason"], "unknown").filter(answers).to_pylist() for table in (a, b))

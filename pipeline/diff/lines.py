@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.diff.change import UNCHANGED, Change
+from pipeline.redaction import redacted
 
 _MOST_LINES = 12  # of each list; diff.json has all
 _MAX_CHARACTERS = 100  # of a value
@@ -111,8 +112,8 @@ def _group_lines(column: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[s
 
 def share_same(group: Mapping[str, Any]) -> float:
     """Of the records of a group, those with the same outcome."""
-    changes: Mapping[str, int] = group["changes"]
-    return sum(changes[change.word] for change in UNCHANGED) / max(1, group["num_records"])
+    same: int = sum(group["changes"][change.word] for change in UNCHANGED)
+    return same / max(1, int(group["num_records"]))
 
 
 def _score(entry: Mapping[str, Any]) -> str:
@@ -140,5 +141,5 @@ def _titled(title: str, rows: Sequence[str]) -> Iterator[str]:
 
 def _short(value: Any, most: int = _MAX_CHARACTERS) -> str:
     text = value if isinstance(value, str) else "not set" if value is None else json.dumps(value, ensure_ascii=False)
-    text = " ".join(text.split())
+    text = " ".join(redacted(text).split())  # before it is cut: half a secret would not be known for one
     return text if len(text) <= most else text[: most - 3] + "..."

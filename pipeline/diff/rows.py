@@ -107,13 +107,14 @@ def changed_rows_file(path: Place, a: Side, b: Side, pairs: Pairs) -> Iterator[C
     temporary = folder / f"{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            writer = pq.ParquetWriter(file, SCHEMA, compression="zstd")
+        # After an exception the writer ends the file as if it were whole; that one is deleted and never gets the name.
+        with open(temporary, "xb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
 
             def write(block: PairBlock) -> None:
                 changed = ~np.isin(block.change, UNCHANGED)
                 if changed.any():
-                    writer.write_table(rows_of_pairs(a, b, pairs.key_columns[0], block).filter(pa.array(changed)))
+                    rows = rows_of_pairs(a, b, pairs.key_columns[0], block)
+                    writer.write_table(rows.filter(pa.array(changed)))
 
             yield write
             for side, key, places, starts in (
@@ -124,7 +125,6 @@ def changed_rows_file(path: Place, a: Side, b: Side, pairs: Pairs) -> Iterator[C
                 for first in range(0, len(places), _NUM_LONE):
                     table = records_at(side, starts, places[first : first + _NUM_LONE], columns)
                     writer.write_table(rows_of_one(side, key, table))
-            writer.close()
         if isinstance(path, ObjectPath):
             path.replace(temporary.read_bytes())
         else:

@@ -7,6 +7,7 @@ draws.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Scores:
     """
 
     def __init__(self, a: Side, b: Side, pairs: Pairs, metric: Sequence[str], reference: str) -> None:
+        self._num_pairs = len(pairs)
         self._sides, self._holder = (a, b), 0 if a.has(reference) else 1
         self._column = self._sides[self._holder].column(reference)
         self._metrics = [one.learned(self._references(pairs)) for one in metrics_named(metric)]
@@ -67,54 +69,65 @@ class Scores:
                 rows.append(metric.rows(Cases(responses, texts)))
 
     def of(self, numbers: Numbers | None = None, *, seed: int) -> dict[str, dict[str, Any]]:
-        """Each metric of a, of b, and their difference with its interval of 95 %.
+        """Each metric of a, of b, and their difference with its interval of 95 %, once all blocks were added.
 
         numbers: of the pairs that are looked at; None = all.
         """
-        known = self._known
-        chosen = np.arange(len(known)) if numbers is None else np.flatnonzero(np.isin(known, numbers))
-        clusters = np.concatenate(self._rows)[chosen] if self._rows else known[chosen]
+        known, rows, statistics = self._all
+        chosen: Any = slice(None)
+        if numbers is not None:
+            at = self._position[numbers]
+            chosen = at[at >= 0]
         found = {}
-        for metric, held in zip(self._metrics, self._statistics, strict=True):
-            a, b = (np.concatenate(rows)[chosen] if rows else np.zeros((0, 1)) for rows in held)
-            difference = paired_interval(metric, a, b, clusters, seed=seed)
+        for metric, (a, b) in zip(self._metrics, statistics, strict=True):
+            difference = paired_interval(metric, a[chosen], b[chosen], rows[chosen], seed=seed)
             found[metric.name] = {
-                "a": _value(metric, a),
-                "b": _value(metric, b),
+                "a": _value(metric, a[chosen]),
+                "b": _value(metric, b[chosen]),
                 "difference": difference.value,
                 "low": difference.low,
                 "high": difference.high,
-                "num_rows": len(chosen),
+                "num_rows": len(known[chosen]),
             }
         return found
 
     def by_record(self) -> tuple[Numbers, Array, Array]:
         """Pairs with a reference, and what the first metric gives a and b, each record by itself."""
-        a, b = (np.concatenate(rows) if rows else None for rows in self._statistics[0])
-        if a is None or b is None:
-            return self._known, np.zeros(0), np.zeros(0)
-        return self._known, self._metrics[0].row_scores(a), self._metrics[0].row_scores(b)
+        known, _, statistics = self._all
+        a, b = (self._metrics[0].row_scores(rows) for rows in statistics[0])
+        return known, a, b
 
     def of_records(self, numbers: Numbers) -> dict[int, tuple[list[str], list[str]]]:
         """What the first metric gives a and b in these pairs, as people read it; pairs without a reference are left
         out."""
         known, a, b = self.by_record()
-        wanted = set(numbers.tolist())
-        name = self._metrics[0].name
-        return {
-            int(number): ([f"{name} {one:.3g}"], [f"{name} {other:.3g}"])
-            for number, one, other in zip(known, a, b, strict=True)
-            if number in wanted
-        }
+        name, at = self._metrics[0].name, self._position[numbers]
+        return {int(known[n]): ([f"{name} {a[n]:.3g}"], [f"{name} {b[n]:.3g}"]) for n in at[at >= 0]}
 
     def references_in(self, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> References:
         """The references of a record, from the rows of both sides that hold the columns."""
         row = (a, b)[self._holder]
         return as_references(row[self._column]) if row else []
 
-    @property
-    def _known(self) -> Numbers:
-        return np.concatenate(self._numbers) if self._numbers else np.zeros(0, np.int64)
+    @cached_property
+    def _all(self) -> tuple[Numbers, Numbers, list[tuple[Array, Array]]]:
+        """Numbers of the pairs with a reference, the row of each, and each metric's statistics of a and of b."""
+        known = np.concatenate(self._numbers) if self._numbers else np.zeros(0, np.int64)
+        nothing = Cases([], [])
+        statistics = [
+            (np.concatenate([metric.rows(nothing), *a]), np.concatenate([metric.rows(nothing), *b]))
+            for metric, (a, b) in zip(self._metrics, self._statistics, strict=True)
+        ]
+        self._statistics = []
+        return known, np.concatenate(self._rows) if self._rows else known, statistics
+
+    @cached_property
+    def _position(self) -> Numbers:
+        """Of each pair among those with a reference; -1 = it has none."""
+        known, _, _ = self._all
+        found = np.full(self._num_pairs, -1)
+        found[known] = np.arange(len(known))
+        return found
 
     def _references(self, pairs: Pairs) -> Iterator[References]:
         a, b = self._sides

@@ -14,7 +14,7 @@ from pipeline.results import Results, results_at
 
 
 def _is_text(found: pa.DataType) -> bool:
-    return pa.types.is_string(found) or pa.types.is_large_string(found)
+    return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
 
 
 def _is_hashes(found: pa.DataType) -> bool:
@@ -88,6 +88,7 @@ def open_side(name: str, address: str | None, *, prompt: str | None, response: s
             f"{name}={address} has no column 'response'; say which holds the answers: {name}_response=COLUMN. Its "
             f"columns are {', '.join(results.schema.names)}."
         )
+    _refuse_nested(name, column, Side(name, results, column, None, ()).type_of(column))
     names = _prompt_names(results)
     if prompt is not None:
         if prompt not in names:
@@ -97,6 +98,13 @@ def open_side(name: str, address: str | None, *, prompt: str | None, response: s
             raise UsageError(f"{name}_prompt={prompt}: {name} has no such prompt.{hint} {there[0].upper()}{there[1:]}.")
         names = (prompt,)
     return Side(name, results, column, prompt, names)
+
+
+def _refuse_nested(name: str, column: str, found: pa.DataType) -> None:
+    if pa.types.is_nested(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found):
+        raise UsageError(
+            f"{name}_response={column.removeprefix('input.')}: the column has the type {found}; expected text or numbers."
+        )
 
 
 def _prompt_names(results: Results) -> tuple[str, ...]:
