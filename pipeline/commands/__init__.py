@@ -33,5 +33,10 @@ COMMANDS = {
             "two runs, or two prompts of one, side by side: what changed, how much, and whether it is better",
             Keys.NONE,
         ),
+        Command(
+            "score",
+            "hold answers against references: accuracy, VQA accuracy, ANLS, BLEU, CIDEr ... with intervals of 95 %",
+            Keys.NONE,
+        ),
     )
 }

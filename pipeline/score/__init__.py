@@ -1,4 +1,4 @@
-"""Answers held against references: metrics, their statistics of each row, and bootstrap intervals.
+"""Answers held against references: metrics, their statistics of each record, and bootstrap intervals.
 
     metric = METRICS["bleu"].learned(references)        only cider learns anything; the others give themselves
     statistics_NS = metric.rows(Cases(responses, references))
@@ -9,8 +9,18 @@ N: records, S: the statistics of a metric. The value of a metric is a function o
 records and of their number, so that an interval never looks at a text twice.
 """
 
-from pipeline.score.bootstrap import Interval, interval, paired_interval
-from pipeline.score.metric import Cases, Metric
+from pipeline.score.bootstrap import Interval, Resamples, interval, paired_interval
+from pipeline.score.metric import Cases, Metric, UnusableCase
 from pipeline.score.registry import METRICS, metrics_named
 
-__all__ = ["METRICS", "Cases", "Interval", "Metric", "interval", "metrics_named", "paired_interval"]
+__all__ = [
+    "METRICS",
+    "Cases",
+    "Interval",
+    "Metric",
+    "Resamples",
+    "UnusableCase",
+    "interval",
+    "metrics_named",
+    "paired_interval",
+]

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pipeline.score.metric import Metric, References
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_DIGIT = re.compile(r"\d")
 _IN_NUMBER = re.compile(r"(?<![\w.,])-(?=[\d.])|(?<=\d)[.,](?=\d)|(?<!\w)\.(?=\d)")
 _KEPT = {".": "\ue000", ",": "\ue001", "-": "\ue002"}  # private characters, in place of marks that stay
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
@@ -48,6 +49,8 @@ class ExactMatchNormalized(Metric):
 
     def score(self, response: str, references: References, options: Sequence[str]) -> float:
         answer = normalized(response)
+        if not answer:  # nothing is left: "?" is not "!"
+            return float(any(canonical(response) == canonical(reference) for reference in references))
         return float(any(answer == normalized(reference) for reference in references))
 
 
@@ -60,5 +63,8 @@ def canonical(text: str) -> str:
 def normalized(text: str) -> str:
     """Lower case, no punctuation but within numbers, no articles, one blank between words."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = _IN_NUMBER.sub(lambda mark: _KEPT[mark[0]], text).translate(_PUNCTUATION).translate(_BACK)
+    if _DIGIT.search(text):
+        text = _IN_NUMBER.sub(lambda mark: _KEPT[mark[0]], text).translate(_PUNCTUATION).translate(_BACK)
+    else:
+        text = text.translate(_PUNCTUATION)
     return " ".join(_ARTICLE.sub(" ", text).split())

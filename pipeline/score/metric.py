@@ -12,6 +12,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UsageError
+
 Array = NDArray[np.float64]
 References = Sequence[str]  # of one record: one or several texts, each of them right
 
@@ -32,38 +34,57 @@ class Cases:
         return zip(self.responses, self.references, options, strict=True)
 
 
+class UnusableCase(UsageError):
+    """A record that a metric cannot be computed on, whatever its answer. `position` is its place in the cases."""
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(message)
+        self.position = position
+
+
 class Metric:
     """The mean of a score that each record has by itself. What is no such mean says so by its own methods."""
 
     name: ClassVar[str]
     doc: ClassVar[str]  # one sentence for people
-    percent: ClassVar[bool] = False  # whether 100 is the best, as in sacrebleu; else 1 (cider: 10)
+    learns: ClassVar[bool] = False  # whether learned() has to be called
+    best: ClassVar[float] = 1.0  # the highest value: 1, 100 as in sacrebleu, 10 of cider
 
     def score(self, response: str, references: References, options: Sequence[str]) -> float:
         """Of one answer, 0 (wrong) to the best.
 
         Raises:
-            UsageError: the references, or the options, are none that this metric can use.
+            UnusableCase: the references, or the options, are none that this metric can use.
         """
         raise NotImplementedError
 
     def learned(self, references: Iterable[References]) -> Metric:
-        """The metric as it is for these references, which are those of all records that are scored with it."""
+        """The metric as it is for these references, given once for each row of the input that is scored with it."""
         return self
 
     def rows(self, cases: Cases) -> Array:
         """The statistics [N, S] of each record.
 
         Raises:
-            UsageError: as score(), or a package is missing.
+            UnusableCase: as score(); it says where.
+            UsageError: a package is missing.
         """
-        scores = [
-            0.0 if response is None else self.score(response, references, options)
-            for response, references, options in cases
-        ]
-        return np.array(scores, np.float64)[:, None]
+        return self.scored(cases)[:, None]
 
-    def value(self, sums_BS: Array, num_rows_B: Array | int) -> Array:
+    def scored(self, cases: Cases) -> Array:
+        """The score [N] of each record, 0 where there is no answer."""
+        scores = np.zeros(len(cases))
+        for position, (response, references, options) in enumerate(cases):
+            if response is None:
+                continue
+            try:
+                scores[position] = self.score(response, references, options)
+            except UnusableCase as problem:
+                problem.position = position
+                raise
+        return scores
+
+    def value(self, sums_BS: Array, num_rows_B: Array) -> Array:
         """The metric [B] of records whose statistics sum up to this; NaN where it is not defined."""
         return ratio(sums_BS[..., 0], num_rows_B)
 
@@ -71,7 +92,7 @@ class Metric:
         """What each record [N] by itself would be given: what the worst rows are found by."""
         return self.value(statistics_NS, np.ones(len(statistics_NS)))
 
-    def parts(self, sums_BS: Array, num_rows_B: Array | int) -> Mapping[str, Array]:
+    def parts(self, sums_BS: Array, num_rows_B: Array) -> Mapping[str, Array]:
         """Further values [B] by name, such as precision and recall."""
         return {}
 
@@ -84,8 +105,8 @@ class Metric:
         return {}
 
 
-def ratio(above: Array, below: Array | int) -> Array:
+def ratio(above: Array, below: Array) -> Array:
     """Quotients, NaN where the divisor is 0."""
-    above, divisor = np.broadcast_arrays(above, np.asarray(below, np.float64))
+    above, divisor = np.broadcast_arrays(above, below)
     quotient: Array = np.divide(above, divisor, out=np.full(above.shape, np.nan), where=divisor != 0)
     return quotient

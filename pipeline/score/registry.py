@@ -6,10 +6,34 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from pipeline.errors import UsageError
+from pipeline.score.anls import Anls
+from pipeline.score.bleu import Bleu
+from pipeline.score.choice import Choice
+from pipeline.score.chrf import Chrf
+from pipeline.score.cider import Cider
 from pipeline.score.exact_match import ExactMatch, ExactMatchNormalized
 from pipeline.score.metric import Metric
+from pipeline.score.relaxed_accuracy import RelaxedAccuracy
+from pipeline.score.rouge_l import RougeL
+from pipeline.score.vqa_accuracy import VqaAccuracy
+from pipeline.score.yes_no import YesNo
 
-METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (ExactMatch(), ExactMatchNormalized())}
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        ExactMatch(),
+        ExactMatchNormalized(),
+        VqaAccuracy(),
+        Anls(),
+        RelaxedAccuracy(),
+        Choice(),
+        YesNo(),
+        Bleu(),
+        Chrf(),
+        RougeL(),
+        Cider(),
+    )
+}
 
 
 def metrics_named(names: Sequence[str]) -> list[Metric]:
