@@ -57,7 +57,7 @@ class Results:
             UsageError: there is no such column.
             RunFailed: a file cannot be read.
         """
-        names = [self._name(column) for column in columns]
+        names = [self.in_file(column) for column in columns]
         for path in self.files:
             table = read_shard(path, list(dict.fromkeys(names)))
             yield pa.table({column: _plain(table[name]) for column, name in zip(columns, names, strict=True)})
@@ -73,7 +73,12 @@ class Results:
         by_file = {in_file: ours for ours, in_file in self.names.items()}
         return by_file.get(name, INPUT + name)
 
-    def _name(self, column: str) -> str:
+    def in_file(self, column: str) -> str:
+        """The name in the files of a column as tables() takes it.
+
+        Raises:
+            UsageError: there is no such column.
+        """
         if column.startswith(INPUT) and column.removeprefix(INPUT) in self.schema.names:
             return column.removeprefix(INPUT)
         name = self.names.get(column)

@@ -28,5 +28,10 @@ COMMANDS = {
             "prove that every row of the plan has exactly one record; deep=true reads the images again, too",
             Keys.OUTPUT_DIR,
         ),
+        Command(
+            "report",
+            "a self-contained HTML page: pictures with answers, errors by class, lengths, throughput, who waited",
+            Keys.OUTPUT_DIR,
+        ),
     )
 }
