@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from pipeline.results import Results, results_of_run
 from pipeline.status import phases
 from pipeline.worker_stats import WorkerStats, read_worker_stats
 from pipeline.write.file import Place, place, replace_file
+
+log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -63,6 +66,22 @@ def write_report(
     except OSError as problem:
         raise RunFailed(f"{path} cannot be written: {problem.strerror or problem}.") from problem
     return path
+
+
+def report_at_end(output_dir: Place, is_stopped: Callable[[], bool]) -> None:
+    """Write the report of a run that has just ended; what goes wrong with it is a warning.
+
+    is_stopped: as write_report() takes it.
+    """
+    try:
+        write_report(output_dir, is_stopped=is_stopped)
+    except Exception as problem:  # every answer is on disk: no drawing may make a finished run look failed
+        log.warning(
+            "%s is not written: %s: %s. vlm-batch report writes it anew.",
+            output_dir / REPORT_FILE,
+            type(problem).__name__,
+            problem,
+        )
 
 
 def report_page(output_dir: Place, options: ReportOptions, is_stopped: Callable[[], bool] = lambda: False) -> str:
@@ -149,7 +168,8 @@ def _notes(results: Results, sample: Sample) -> Iterator[str]:
     if sample.num_records < results.num_records:
         yield (
             "Records, errors and generated tokens are counted in all shards. All else is of a random sample: "
-            f"{number(sample.num_records)} records in {number(sample.num_files)} of {number(len(results.files))} shards."
+            f"{number(sample.num_records)} records in {number(sample.num_files)} of {number(len(results.files))} "
+            "shards."
         )
     for problem in sample.damaged[:_MOST_ROWS]:
         yield f"A shard could not be read and is left out: {problem}"
