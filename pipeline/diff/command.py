@@ -42,9 +42,7 @@ def run_diff(options: DiffOptions) -> int:
     json_path = _output(b, "diff.json", "diff_output", options.diff_output)
     html_path = _output(b, "diff.html", "html", options.html)
     pairs = paired(a, b, options.key)
-    scores = None
-    if options.reference is not None:
-        scores = Scores(a, b, pairs, options.metric, options.reference)
+    scores = Scores(a, b, pairs, options) if options.reference is not None else None
     comparison = _compared(a, b, pairs, options, scores)
     found = summary(a, b, comparison, scores, seed=options.seed)
     _write(json_path, json.dumps(found, indent=1, ensure_ascii=False))

@@ -20,9 +20,14 @@ class DiffOptions:
     key: str | None = option(
         None, "column that names a row in both, for example row_index; null = id. Prompt and sample belong to it"
     )
-    by: list[str] = option(factory=list, doc="columns of the rows by whose values the tables are made once more")
-    reference: str | None = option(None, "column of the rows with the right answer, or a list of right answers")
-    metric: list[str] = option(factory=list, doc="metrics of vlm-batch score that both are scored with")
+    by: list[str] = option(doc="columns by whose values the records are counted and scored, too", factory=list)
+    reference: str | None = option(
+        None, "column with the right answer, or a list of them; or a file, with reference_column"
+    )
+    reference_column: str | None = option(None, "column of the right answers in the file that reference names")
+    reference_id_column: str = option("id", "column of the ids in that file, by which it is joined")
+    options_column: str | None = option(None, "metric=choice: column with the list of options")
+    metric: list[str] = option(doc="metrics of vlm-batch score by which both are scored", factory=list)
     min_same: float | None = option(
         None, "exit code 1 where a smaller share of the records has the same answer; null = never", least=0, most=1
     )

@@ -74,7 +74,7 @@ def diff_page(
                 comparison.pairs.key_columns,
                 facts=_similarity(comparison, selection, place),
                 half_facts=by_record.get(place, ([], [])),
-                reference=" | ".join(scores.references_in(*pair)) if scores else "",
+                reference=" | ".join(scores.source.of_rows(*pair)) if scores else "",
                 pictures=next(pictures),
                 most=most_characters,
             )

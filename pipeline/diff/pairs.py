@@ -125,8 +125,7 @@ class _Keys:
         self.side, self._column = side, column
         self._type = pa.large_string() if as_text else pa.int64()
         self._by_prompt = by_prompt
-        lengths = [side.results.num_rows(path) for path in side.results.files]
-        self.starts: Places = np.array([0, *itertools.accumulate(lengths)], np.int64)
+        self.starts: Places = np.array([0, *itertools.accumulate(side.results.lengths())], np.int64)
 
     def __iter__(self) -> Iterator[pa.Table]:
         for number in range(len(self.side.results.files)):

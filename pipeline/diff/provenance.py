@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.diff.side import Side
 from pipeline.plan import Plan
-from pipeline.write.shard import shard_files, summaries_of_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +71,8 @@ def _settings(side: Side, plan: Plan) -> dict[str, Any]:
 
 
 def _numerics(side: Side) -> dict[str, str]:
-    plan = side.results.plan
-    if plan is None:
-        return {}
     found: dict[str, dict[str, None]] = {}
-    for summary in summaries_of_plan(dict(shard_files(side.results.path / "data")), plan.plan_id).values():
+    for summary in side.results.summaries.values():
         for name, value in summary.numerics.items():
             found.setdefault(name, {})[str(value)] = None
     return {name: ", ".join(sorted(values)) for name, values in found.items()}

@@ -6,17 +6,21 @@ draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pipeline.diff.comparison import PairBlock
+from pipeline.diff.options import DiffOptions
 from pipeline.diff.pairs import Pairs, pair_tables
+from pipeline.diff.references import ReferenceSource
 from pipeline.diff.side import Side
+from pipeline.errors import UsageError
 from pipeline.score import Cases, Metric, metrics_named, paired_interval
-from pipeline.score.metric import Array, References
+from pipeline.score.cells import text_of
+from pipeline.score.metric import Array, References, UnusableCase
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -25,17 +29,17 @@ class Scores:
     """The statistics of every pair that has a reference, by metric. Arrays have an entry for each of these pairs.
 
     Args:
-        metric: names of metrics. reference: column of a, or of b where a has none of that name.
+        options: their `metric`, and what says where the references are.
 
     Raises:
-        UsageError: an unknown metric, or no such column.
+        UsageError: an unknown metric, no such column or file, or a value that is no reference.
     """
 
-    def __init__(self, a: Side, b: Side, pairs: Pairs, metric: Sequence[str], reference: str) -> None:
-        self._num_pairs = len(pairs)
-        self._sides, self._holder = (a, b), 0 if a.has(reference) else 1
-        self._column = self._sides[self._holder].column(reference)
-        self._metrics = [one.learned(self._references(pairs)) for one in metrics_named(metric)]
+    def __init__(self, a: Side, b: Side, pairs: Pairs, options: DiffOptions) -> None:
+        self._sides, self._pairs = (a, b), pairs
+        metrics = metrics_named(options.metric)
+        self.source = ReferenceSource(a, b, options)
+        self._metrics = [metric.learned(self._references()) if metric.learns else metric for metric in metrics]
         self._statistics: list[tuple[list[Array], list[Array]]] = [([], []) for _ in self._metrics]
         self._numbers: list[Numbers] = []  # of pairs
         self._rows: list[Numbers] = []  # row_index of each
@@ -43,30 +47,39 @@ class Scores:
     @property
     def columns(self) -> tuple[list[str], list[str]]:
         """What has to be read of a and of b."""
-        found: tuple[list[str], list[str]] = ([], [])
-        found[self._holder].append(self._column)
-        if "row_index" in self._sides[0].results.names:
-            found[0].append("row_index")
-        return found
+        of_a, of_b = self.source.columns
+        return [*of_a, *(name for name in ("row_index", "id") if name in self._sides[0].results.names)], of_b
 
     def add(self, block: PairBlock) -> None:
-        """Score the pairs of a block."""
-        tables = (block.a, block.b)
-        references = [*map(as_references, tables[self._holder][self._column].to_pylist())]
+        """Score the pairs of a block.
+
+        Raises:
+            UsageError: as above, or a package is missing.
+        """
+        references = self.source.references(block.a, block.b)
         here = np.array([number for number, texts in enumerate(references) if texts], np.int64)
         if not len(here):
             return
         self._numbers.append(here + block.where.start)
         if "row_index" in block.a.column_names:
             self._rows.append(block.a["row_index"].to_numpy()[here])
+        options = None
+        if self.source.has_options:
+            found = self.source.options(block.a, block.b)
+            options = [found[number] for number in here]
         texts = [references[number] for number in here]
-        answers = []
-        for side, table, errors in zip(self._sides, tables, (block.a_errors, block.b_errors), strict=True):
+        for number, (side, table, errors) in enumerate(
+            zip(self._sides, (block.a, block.b), (block.a_errors, block.b_errors), strict=True)
+        ):
             said = table[side.response].to_pylist()
-            answers.append([said[number] if errors[number] is None else None for number in here])
-        for metric, held in zip(self._metrics, self._statistics, strict=True):
-            for rows, responses in zip(held, answers, strict=True):
-                rows.append(metric.rows(Cases(responses, texts)))
+            answers = [text_of(said[place]) if errors[place] is None else None for place in here]
+            for metric, held in zip(self._metrics, self._statistics, strict=True):
+                try:
+                    held[number].append(metric.rows(Cases(answers, texts, options)))
+                except UnusableCase as problem:
+                    place = int(here[problem.position])
+                    row_id = block.a["id"][place].as_py() if "id" in block.a.column_names else block.where.start + place
+                    raise UsageError(f"record {row_id!r}: {problem}") from None
 
     def of(self, numbers: Numbers | None = None, *, seed: int) -> dict[str, dict[str, Any]]:
         """Each metric of a, of b, and their difference with its interval of 95 %, once all blocks were added.
@@ -104,14 +117,11 @@ class Scores:
         name, at = self._metrics[0].name, self._position[numbers]
         return {int(known[n]): ([f"{name} {a[n]:.3g}"], [f"{name} {b[n]:.3g}"]) for n in at[at >= 0]}
 
-    def references_in(self, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> References:
-        """The references of a record, from the rows of both sides that hold the columns."""
-        row = (a, b)[self._holder]
-        return as_references(row[self._column]) if row else []
-
     @cached_property
     def _all(self) -> tuple[Numbers, Numbers, list[tuple[Array, Array]]]:
         """Numbers of the pairs with a reference, the row of each, and each metric's statistics of a and of b."""
+        if not self._numbers and len(self._pairs):
+            raise UsageError(f"no record that a and b have in common has a reference ({self.source}).")
         known = np.concatenate(self._numbers) if self._numbers else np.zeros(0, np.int64)
         nothing = Cases([], [])
         statistics = [
@@ -125,26 +135,18 @@ class Scores:
     def _position(self) -> Numbers:
         """Of each pair among those with a reference; -1 = it has none."""
         known, _, _ = self._all
-        found = np.full(self._num_pairs, -1)
+        found = np.full(len(self._pairs), -1)
         found[known] = np.arange(len(known))
         return found
 
-    def _references(self, pairs: Pairs) -> Iterator[References]:
+    def _references(self) -> Iterator[References]:
         a, b = self._sides
-        for _, *tables in pair_tables(a, b, pairs, *self.columns):
-            for value in tables[self._holder][self._column].to_pylist():
-                if texts := as_references(value):
-                    yield texts
-
-
-def as_references(value: Any) -> References:
-    """The right answers that a cell holds: one text or number, or a list of them; none where it is null."""
-    values = value if isinstance(value, list) else [value]
-    return [str(entry) for entry in values if entry is not None]
+        for _, left, right in pair_tables(a, b, self._pairs, *self.columns):
+            yield from filter(None, self.source.references(left, right))
 
 
 def _value(metric: Metric, rows: Array) -> float | None:
     if not len(rows):
         return None
-    value = float(metric.value(rows.sum(0, keepdims=True), len(rows))[0])
+    value = float(metric.value(rows.sum(0, keepdims=True), np.array([len(rows)], np.float64))[0])
     return value if np.isfinite(value) else None

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UsageError
-from pipeline.results import Results, results_at
+from pipeline.results import INPUT, Results, results_at
 
 
 def _is_text(found: pa.DataType) -> bool:
@@ -64,8 +64,7 @@ class Side:
 
     def type_of(self, column: str) -> pa.DataType:
         """Of a column as Results.tables() gives it."""
-        in_file = self.results.names.get(column) or column.removeprefix("input.")
-        found = self.results.schema.field(in_file).type
+        found = self.results.schema.field(self.results.in_file(column)).type
         return found.value_type if pa.types.is_dictionary(found) else found
 
 
@@ -103,7 +102,7 @@ def open_side(name: str, address: str | None, *, prompt: str | None, response: s
 def _refuse_nested(name: str, column: str, found: pa.DataType) -> None:
     if pa.types.is_nested(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found):
         raise UsageError(
-            f"{name}_response={column.removeprefix('input.')}: the column has the type {found}; expected text or numbers."
+            f"{name}_response={column.removeprefix(INPUT)}: the column has the type {found}; expected text or numbers."
         )
 
 

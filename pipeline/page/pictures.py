@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.errors import RunFailed, UsageError
-from pipeline.page.thumbnail import Thumbnails
+from pipeline.page.thumbnail import Thumbnail, Thumbnails
 from pipeline.plan import Plan
 from pipeline.source_images import SourceImages
 from pipeline.write.file import Place
@@ -66,12 +66,12 @@ def pictures_of(
     with Thumbnails[tuple[int, int]](max_image_pixels) as thumbnails:
         num_bytes = 0
         for (index, place), thumbnail in thumbnails.made(_encoded(source, rows, found, limits)):
-            uri, problem = thumbnail.uri, thumbnail.problem
-            num_bytes += len(uri or "")
+            num_bytes += len(thumbnail.uri or "")
             if num_bytes > limits.num_bytes:
-                uri, problem = None, "not shown: the page has as many pictures as it can hold"
+                thumbnail = Thumbnail(None, "not shown: the page has as many pictures as it can hold")
             longest = rows[index].longest_side
-            found[index][place] = Picture(uri, problem, longest is not None and longest <= _SMALL_PIXELS)
+            is_small = longest is not None and longest <= _SMALL_PIXELS
+            found[index][place] = Picture(thumbnail.uri, thumbnail.problem, is_small)
     return {index: [picture for _, picture in sorted(places.items())] for index, places in found.items()}
 
 

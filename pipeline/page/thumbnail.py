@@ -164,6 +164,7 @@ def _reply(data: bytes, max_image_pixels: int) -> bytes:
         image.save(small, "WEBP", quality=_QUALITY)
         return _MADE + small.getvalue()
     except RowFault as fault:
-        return _FAILED + f"not shown: {fault.message}".encode("utf-8", "replace")
+        reason = fault.message.removeprefix("image bytes: ")
+        return _FAILED + f"not shown: {reason}".encode("utf-8", "replace")
     except MemoryError:
         return _FAILED + b"not shown: decoding it takes too much memory"

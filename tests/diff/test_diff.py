@@ -232,6 +232,32 @@ def test_scores_have_an_interval_of_the_difference(tmp_path: Path, capsys: pytes
         diff(capsys, tmp_path / "a", tmp_path / "b", reference="answer", metric=["exactmatch"])
 
 
+def test_references_may_lie_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a", lambda key: "cat")
+    make_run(tmp_path / "b", lambda key: "dog" if key.row_index else "cat")
+    lines = [{"name": f"{index:05d}.jpg", "gold": ["dog", "hound"]} for index in range(4)]
+    (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked: dict[str, Any] = {
+        "reference": str(tmp_path / "gold.jsonl"),
+        "reference_column": "gold",
+        "reference_id_column": "name",
+        "metric": ["exact_match", "cider"],
+    }
+    found, said = diff(capsys, tmp_path / "a", tmp_path / "b", **asked, by=["prompt_name"])
+    score = found["scores"]["exact_match"]
+    assert (score["a"], score["b"], score["num_rows"]) == (0, 0.75, 4)
+    assert found["scores"]["cider"]["difference"] > 0
+    assert "            cider                    0 -> " in said
+    with pytest.raises(UsageError, match=r"no record .* has a reference \(reference=.*gold.jsonl reference_column=gold\)"):
+        diff(capsys, tmp_path / "a", tmp_path / "b", **asked | {"reference_id_column": "gold"})
+
+
+def test_what_a_metric_cannot_use_names_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a", lambda key: "maybe")
+    with pytest.raises(UsageError, match=r"record '00000.jpg': .*1900"):
+        diff(capsys, tmp_path / "a", tmp_path / "a", reference="year", metric=["yes_no"])
+
+
 def test_a_column_can_stand_for_the_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Answers against the reference of the same rows: a run is both sides."""
     make_run(tmp_path / "a", lambda key: str(1900 + key.row_index + (key.row_index == 2)))
@@ -349,7 +375,7 @@ def test_keys_twice_in_two_files_are_found_too(tmp_path: Path, capsys: pytest.Ca
 def test_a_column_of_a_run_that_names_rows_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more: dict[str, Any] = {"more": lambda index: {"year": 1900 + index // 2}}
     make_run(tmp_path / "a", lambda key: "a cat", **more)
-    with pytest.raises(UsageError, match="a=.*: 3 keys stand in more than one record: 190"):
+    with pytest.raises(UsageError, match=r"a=.*: 3 keys stand in more than one record: 190"):
         diff(capsys, tmp_path / "a", tmp_path / "a", key="year")
 
 
