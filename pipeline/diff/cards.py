@@ -62,7 +62,7 @@ def card(
     row, column = next((row, column) for row, column in zip(rows, key_columns, strict=True) if row is not None)
     return Card(
         title=_cut(str(row[column])),
-        facts=[*_identity(rows), *facts],
+        facts=facts,
         prompt=prompts[0] or prompts[1] if same_prompt else "",
         reference=_cut(reference),
         pictures=pictures,
@@ -83,15 +83,6 @@ def _said(side: Side, row: Row) -> str:
     """The answer, or the message of the error in its place."""
     value = row.get("error_message") if row[ERROR] else row[side.response]
     return "" if value is None else str(value)
-
-
-def _identity(rows: tuple[Row | None, Row | None]) -> list[str]:
-    names = list(dict.fromkeys(row["prompt_name"] for row in rows if row and row.get("prompt_name")))
-    samples = {row["sample_index"] for row in rows if row and row.get("sample_index")}
-    return [
-        *([f"prompt {' / '.join(names)}"] if names and names != ["default"] else []),
-        *(f"sample {number}" for number in samples),
-    ]
 
 
 def _ending(row: Row) -> list[str]:

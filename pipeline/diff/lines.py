@@ -119,10 +119,25 @@ def share_same(group: Mapping[str, Any]) -> float:
 def _score(entry: Mapping[str, Any]) -> str:
     if entry["difference"] is None:
         return f"not defined on {entry['num_rows']:,} records"
-    text = f"{entry['a']:.4g} -> {entry['b']:.4g}, {entry['difference']:+.4f}"
+    text = f"{figure(entry['a'])} -> {figure(entry['b'])}"
+    if entry["low"] == entry["high"] == 0:
+        return text
+    text += f", {signed(entry['difference'])}"
     if entry["low"] is not None:
-        text += f" [{entry['low']:+.4f}, {entry['high']:+.4f}]{', more than chance' if beyond_chance(entry) else ''}"
+        text += (
+            f" [{signed(entry['low'])}, {signed(entry['high'])}]{', more than chance' if beyond_chance(entry) else ''}"
+        )
     return text
+
+
+def figure(value: float) -> str:
+    """The value of a metric as people read it: the best is 1, 10 or 100."""
+    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
+
+
+def signed(value: float) -> str:
+    """A difference of two such values."""
+    return f"{value:+.4f}" if abs(value) < 2 else f"{value:+.2f}"
 
 
 def beyond_chance(entry: Mapping[str, Any]) -> bool:

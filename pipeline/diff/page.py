@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.diff.cards import ERROR, Card, card
 from pipeline.diff.change import Change
 from pipeline.diff.comparison import Comparison, error_classes
-from pipeline.diff.lines import beyond_chance, share_same
+from pipeline.diff.lines import beyond_chance, figure, share_same, signed
 from pipeline.diff.pairs import records_at
 from pipeline.diff.pictures import IMAGE_COLUMNS, Row, pair_pictures
 from pipeline.diff.rows import identity_columns
@@ -62,6 +62,7 @@ def diff_page(
     chosen = selections(comparison, scores, most, seed)
     pairs = [_pairs(a, b, comparison, scores, selection) for selection in chosen]
     pictures = iter(pair_pictures(a, b, [pair for group in pairs for pair in group], root))
+    by_prompt = "prompt_name" in comparison.pairs.key
     num_texts = 2 * sum(len(selection.numbers) for selection in chosen)
     most_characters = max(_LEAST_CHARACTERS, min(_MOST_CHARACTERS, _NUM_CHARACTERS // max(1, num_texts)))
     groups = []
@@ -72,7 +73,7 @@ def diff_page(
                 (a, b),
                 pair,
                 comparison.pairs.key_columns,
-                facts=_similarity(comparison, selection, place),
+                facts=[*_names(pair, by_prompt), *_similarity(comparison, selection, place)],
                 half_facts=by_record.get(place, ([], [])),
                 reference=" | ".join(scores.source.of_rows(*pair)) if scores else "",
                 pictures=next(pictures),
@@ -99,6 +100,8 @@ def diff_page(
         most_groups=_MOST_GROUPS,
         share_same=share_same,
         beyond_chance=beyond_chance,
+        figure=figure,
+        signed=signed,
     )
 
 
@@ -137,6 +140,13 @@ def _crossed(counts: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str]
         )
         for entry in counts[:_MOST_BARS]
     ]
+
+
+def _names(pair: Pair, by_prompt: bool) -> list[str]:
+    """Prompt and sample of a record, where there are several."""
+    row = next(row for row in pair if row is not None)
+    prompts = [f"prompt {row['prompt_name']}"] if by_prompt else []
+    return [*prompts, *([f"sample {row['sample_index']}"] if row.get("sample_index") else [])]
 
 
 def _similarity(comparison: Comparison, selection: Selection, place: int) -> list[str]:

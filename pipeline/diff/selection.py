@@ -50,7 +50,7 @@ def kinds(comparison: Comparison, scores: Scores | None) -> list[Kind]:
         parts = [
             ("worse", "Worse in b", changed[worse]),
             ("better", "Better in b", changed[better]),
-            ("changed", "Changed, as good", changed[~better & ~worse]),
+            ("changed", "Changed, same score", changed[~better & ~worse]),
         ]
     found = [Kind(name, title, Change.CHANGED, numbers) for name, title, numbers in parts]
     for change, title in (

@@ -11,9 +11,10 @@ first 50,000.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,25 +79,44 @@ def similarities(a: Sequence[str], b: Sequence[str]) -> np.ndarray[Any, np.dtype
 def spans(a: str, b: str) -> tuple[list[Span], list[Span]]:
     """Both texts in parts, by words: those of a that b has not got, and the other way round, are marked.
 
-    Of a text of more than 20,000 words and marks the parts behind them are left out.
+    Of texts that differ in more than 20,000 words and marks the parts behind these are left out.
     """
-    from rapidfuzz.distance import Indel
-
-    left, right = _pieces(a)[:_MAX_MARKED_PIECES], _pieces(b)[:_MAX_MARKED_PIECES]
     found: tuple[list[Span], list[Span]] = ([], [])
-    steps = [*Indel.opcodes(left, right)]
-    for number, step in enumerate(steps):
-        texts = "".join(left[step.src_start : step.src_end]), "".join(right[step.dest_start : step.dest_end])
+    steps = [*_steps(_pieces(a), _pieces(b))]
+    for number, (*texts, equal) in enumerate(steps):
         # A blank or comma between two changes is no common ground; marked, the change reads as one.
         between = 0 < number < len(steps) - 1 and not any(map(str.isalnum, texts[0]))
-        changed = step.tag != "equal" or between
         for side, text in zip(found, texts, strict=True):
             if not text:
                 continue
+            changed = not equal or between
             if side and side[-1].changed == changed:
                 text = side.pop().text + text
             side.append(Span(text, changed))
     return found
+
+
+def _steps(left: Sequence[str], right: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """What both have, what a alone has, what b alone has ..., in order; whether it is the same in both."""
+    from rapidfuzz.distance import Indel
+
+    start = _num_alike(zip(left, right, strict=False))
+    end = _num_alike(zip(reversed(left[start:]), reversed(right[start:]), strict=False))
+    middle = left[start : len(left) - end], right[start : len(right) - end]
+    is_cut = max(map(len, middle)) > _MAX_MARKED_PIECES
+    one, other = (side[:_MAX_MARKED_PIECES] for side in middle)
+    if start:
+        yield "".join(left[:start]), "".join(right[:start]), True
+    for step in Indel.opcodes(one, other):
+        texts = "".join(one[step.src_start : step.src_end]), "".join(other[step.dest_start : step.dest_end])
+        yield *texts, step.tag == "equal"
+    if end and not is_cut:
+        yield "".join(left[-end:]), "".join(right[-end:]), True
+
+
+def _num_alike(pairs: Iterable[tuple[str, str]]) -> int:
+    """How many come before the first two that differ."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _pieces(text: str) -> list[str]:

@@ -234,8 +234,8 @@ def test_scores_have_an_interval_of_the_difference(tmp_path: Path, capsys: pytes
 
 def test_references_may_lie_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", lambda key: "cat")
-    make_run(tmp_path / "b", lambda key: "dog" if key.row_index else "cat")
-    lines = [{"name": f"{index:05d}.jpg", "gold": ["dog", "hound"]} for index in range(4)]
+    make_run(tmp_path / "b", lambda key: f"dog {key.row_index}" if key.row_index else "cat")
+    lines = [{"name": f"{index:05d}.jpg", "gold": [f"dog {index}", "hound"]} for index in range(4)]
     (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, lines)))
     asked: dict[str, Any] = {
         "reference": str(tmp_path / "gold.jsonl"),
@@ -247,9 +247,10 @@ def test_references_may_lie_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     score = found["scores"]["exact_match"]
     assert (score["a"], score["b"], score["num_rows"]) == (0, 0.75, 4)
     assert found["scores"]["cider"]["difference"] > 0
-    assert "            cider                    0 -> " in said
-    with pytest.raises(UsageError, match=r"no record .* has a reference \(reference=.*gold.jsonl reference_column=gold\)"):
-        diff(capsys, tmp_path / "a", tmp_path / "b", **asked | {"reference_id_column": "gold"})
+    assert "            cider                    0.0000 -> " in said
+    (tmp_path / "gold.jsonl").write_text(json.dumps({"name": "another", "gold": "dog"}))
+    with pytest.raises(UsageError, match=r"no record .* has a reference \(reference=.* reference_column=gold\)"):
+        diff(capsys, tmp_path / "a", tmp_path / "b", **asked)
 
 
 def test_what_a_metric_cannot_use_names_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

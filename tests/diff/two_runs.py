@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from small_run import COLUMNS, SETTINGS, keys_of, new_ledger, new_plan, row
+from PIL import Image
+from small_run import COLUMNS, SETTINGS, inputs, keys_of, new_ledger, row
 
+from pipeline.dataset.images import ImagesConfig
 from pipeline.diff.command import run_diff
 from pipeline.diff.options import DiffOptions
 from pipeline.plan import Plan
+from pipeline.planning import make_folders, open_plan
 from pipeline.records import Answer, Fault, FinishReason, PromptFacts, RecordKey, Stage
 from pipeline.write.schema import WriteConfig, output_schema
 
@@ -37,18 +41,29 @@ def make_run(
     prompt: str = "What is it?",
     image: Callable[[int], str] = "picture {}".format,
     length: Callable[[str], int] = len,
+    pictures: Path | None = None,
 ) -> Plan:
-    """A run that answers what `say` says: a text, or a fault; num_shards: those that are published, None = all."""
+    """A run that answers what `say` says: a text, or a fault.
+
+    num_shards: those that are published; None = all. pictures: folder of the images that it was asked about, as many as
+    there are rows; their ids and hashes are the records'.
+    """
     settings = {**SETTINGS, "dataset.image_column": None, **(settings or {})}
-    plan = new_plan(
+    if pictures is not None:
+        source = ImagesConfig(path=str(pictures)).scan()
+        settings |= {"dataset.kind": "images", "dataset.path": str(pictures), "dataset.image_column": "image"}
+        columns, files = source.columns, source.files["path"].to_pylist()
+        ids, image = files.__getitem__, lambda index: _sha256(pictures / files[index])
+    plan = open_plan(
         output_dir,
-        num_rows,
+        settings,
+        scan=lambda: source if pictures is not None else inputs(num_rows, columns=columns),
+        max_rows=None,
         shard_rows=shard_rows,
         prompt_names=prompt_names,
         num_samples=num_samples,
-        settings=settings,
-        columns=columns,
     )
+    make_folders(output_dir)
     write = WriteConfig(prefix=settings["write.prefix"], response_column=settings["write.response_column"])
     ledger = new_ledger(output_dir, plan, columns=columns, schema=output_schema(write, columns))
     for number in range(plan.num_shards if num_shards is None else num_shards):
@@ -56,7 +71,12 @@ def make_run(
         ledger.open(shard)
         keys = list(keys_of(plan, shard))
         for index in range(shard.start, shard.stop):
-            ledger.expect(row(index, **more(index)), [key for key in keys if key.row_index == index], shard)
+            own = {} if pictures is None else {"path": ids(index)}
+            ledger.expect(
+                row(index, **own | dict(more(index))),
+                [key for key in keys if key.row_index == index],
+                shard,
+            )
         for key in keys:
             said = say(key)
             facts = PromptFacts(
@@ -69,6 +89,18 @@ def make_run(
                 ledger.record(Answer(key, ids(key.row_index), facts, said, FinishReason.STOP, length(said)))
     ledger.close()
     return plan
+
+
+def put_pictures(folder: Path, num_pictures: int = 6, green: int = 90) -> Path:
+    """PNG files of one colour each, all different: 00000.png, 00001.png ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num_pictures):
+        Image.new("RGB", (40, 30), (40 * number, green, 200)).save(folder / f"{number:05d}.png")
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def parquet(file: Path, **columns: Any) -> Path:
