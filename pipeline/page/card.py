@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.page.pictures import Picture
+from pipeline.page.visible import visible
 
 _HEAD_CHARACTERS = 280  # what is seen of a text without unfolding it
 _LEAST_CHARACTERS = 100  # of a text, however full the page is
@@ -45,16 +46,20 @@ class Card:
 
 
 class Room:
-    """How many characters a page still has for the texts of records: each takes of it, and is cut to what is left."""
+    """How many characters of HTML a page still has for the texts of records: each takes of it, and is cut to what is
+    left."""
 
     def __init__(self, num_characters: int, each: int = 10_000) -> None:
         self._left, self._each = num_characters, each
 
     def text(self, text: str, head: int = _HEAD_CHARACTERS) -> Text:
         """A text, folded behind its first `head` characters or so."""
-        most = max(_LEAST_CHARACTERS, min(self._each, self._left))
-        kept = text[:most]
-        self._left -= len(kept)
+        kept = text[: max(_LEAST_CHARACTERS, min(self._each, self._left))]
+        size = len(visible(kept))  # an invisible character takes forty
+        if size > self._left:
+            kept = kept[: max(_LEAST_CHARACTERS, len(kept) * max(0, self._left) // size)]
+            size = len(visible(kept))
+        self._left -= size
         if len(kept) == len(text) and len(text) <= head * 5 // 4:  # nobody unfolds a text for three words
             return Text(text, "", 0)
         border = max(kept.rfind(" ", head * 3 // 4, head), kept.rfind("\n", head * 3 // 4, head))

@@ -18,12 +18,10 @@ _UNSEEN = re.compile(
 
 def visible(text: str) -> Markup:
     r"""The text as HTML, with what cannot be seen as marked escapes: \u202e for what turns the direction of text."""
-    text = redacted(text)
-    pieces, end = [], 0
-    for match in _UNSEEN.finditer(text):
-        pieces += [escape(text[end : match.start()]), Markup('<span class="unseen">{}</span>').format(_named(match[0]))]
-        end = match.end()
-    return Markup("").join([*pieces, escape(text[end:])])
+    # Of what escape() gives, only text is left to be looked at; the names of characters are ASCII without markup.
+    return Markup(
+        _UNSEEN.sub(lambda match: f'<span class="unseen">{_named(match[0])}</span>', str(escape(redacted(text))))
+    )
 
 
 def attribute(text: str) -> Markup:

@@ -1,6 +1,6 @@
-"""A finished run over real picture files, without a model: shards as the ledger publishes them, answers as a test wants.
+"""A finished run over real picture files, without a model: shards as a ledger publishes them, answers as a test wants.
 
-    plan = made_run(tmp_path / "out", pictures=tmp_path / "pictures", record=lambda index: {"response": "a cat"})
+plan = made_run(tmp_path / "out", pictures=tmp_path / "pictures", record=lambda index: {"response": "a cat"})
 """
 
 from __future__ import annotations
