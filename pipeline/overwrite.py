@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 OLD_FOLDER = "old"
 _NAMES = (PLAN_FILE, "work", "data", "plan", "manifest.json", "stats", "report.html", "README.md")
+_NAMES += ("score.json", "score_rows.parquet")
 _UNFINISHED = "moving"  # a file in old/PLAN_ID until all has arrived there
 
 

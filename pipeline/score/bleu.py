@@ -22,6 +22,7 @@ class Bleu(Metric):
     name = "bleu"
     doc = "corpus BLEU of sacrebleu, 0 to 100"
     best = 100.0
+    is_mean = False
 
     def rows(self, cases: Cases) -> Array:
         tokenizer, vocabulary = tokenizer_13a(), Vocabulary()

@@ -4,6 +4,9 @@ What is drawn are clusters of records, not records: answers about one image, to 
 are no independent evidence. A resample's value is computed from the sum of its clusters' statistics. Two runs are
 compared on the same draws (Koehn 2004), which takes out what makes a row hard for both.
 
+Where every record is right, or every one wrong, no draw shows any other value, however few there are: there the exact
+interval (Clopper and Pearson 1934) over the clusters is given.
+
 N: records, C: clusters, B: resamples, S: statistics.
 """
 
@@ -49,7 +52,9 @@ class Resamples:
     ) -> None:
         """clusters_N: what each record belongs to, such as its row_index; None = each stands for itself."""
         rows = np.concatenate([statistics_NS, np.ones((len(statistics_NS), 1))], 1)
-        sums_CS = _clustered(rows, clusters_N, seed)
+        sums_CS = _clustered(rows, clusters_N)
+        self.num_clusters = len(sums_CS)
+        sums_CS = _put_together(sums_CS, seed)
         self.sums_S: Array = rows[:, :-1].sum(0)
         self.num_rows = len(rows)
         resampled_BS = _resampled(sums_CS, seed, num_resamples)
@@ -67,6 +72,18 @@ class Resamples:
         low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return Interval(found, float(low), float(high))
 
+    def interval_of(self, metric: Metric, columns: slice = slice(None)) -> Interval:
+        """Of a metric, whose statistics are those columns."""
+        found = self.interval(metric.value, columns)
+        if not metric.is_mean or found.value is None or found.low is None or found.low != found.high:
+            return found
+        share = ((1 - CONFIDENCE) / 2) ** (1 / self.num_clusters)
+        if found.value == metric.best:
+            return Interval(found.value, metric.best * share, found.value)
+        if found.value == 0:
+            return Interval(found.value, found.value, metric.best * (1 - share))
+        return found
+
 
 def interval(
     metric: Metric,
@@ -81,7 +98,7 @@ def interval(
     statistics_NS: of metric.rows().
     clusters_N: what each record belongs to, such as its row_index; None = each stands for itself.
     """
-    return Resamples(statistics_NS, clusters_N, seed=seed, num_resamples=num_resamples).interval(metric.value)
+    return Resamples(statistics_NS, clusters_N, seed=seed, num_resamples=num_resamples).interval_of(metric)
 
 
 def paired_interval(
@@ -105,14 +122,19 @@ def paired_interval(
     return Resamples(both, clusters_N, seed=seed, num_resamples=num_resamples).interval(difference)
 
 
-def _clustered(rows_NS: Array, clusters_N: ArrayLike | None, seed: int) -> Array:
+def _clustered(rows_NS: Array, clusters_N: ArrayLike | None) -> Array:
     """Sums [C, S] of each cluster."""
-    if clusters_N is not None:
-        _, numbers = np.unique(np.asarray(clusters_N), return_inverse=True)
-        rows_NS = _summed(rows_NS, numbers)
-    if len(rows_NS) > MOST_CLUSTERS:
-        rows_NS = _summed(rows_NS, np.random.default_rng(seed).permutation(len(rows_NS)) % MOST_CLUSTERS)
-    return rows_NS
+    if clusters_N is None:
+        return rows_NS
+    _, numbers = np.unique(np.asarray(clusters_N), return_inverse=True)
+    return _summed(rows_NS, numbers)
+
+
+def _put_together(sums_CS: Array, seed: int) -> Array:
+    """At most MOST_CLUSTERS sums, of clusters that chance put together."""
+    if len(sums_CS) <= MOST_CLUSTERS:
+        return sums_CS
+    return _summed(sums_CS, np.random.default_rng(seed).permutation(len(sums_CS)) % MOST_CLUSTERS)
 
 
 def _resampled(sums_CS: Array, seed: int, num_resamples: int) -> Array:

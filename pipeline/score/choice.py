@@ -17,17 +17,19 @@ from pipeline.score.metric import Array, Cases, Metric, UnusableCase
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ALONE = re.compile(r"[\s(\[{*_\"'`]*([A-Za-z])[\s)\]}*_\"'`.,:;!]*")
-_FIRST = re.compile(r"[\s*_\"'`]*(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])[.):](?=[\s*_]))")
+# "(A) or (B)", "A and C" choose nothing; "(A), I think" does.
+_NO_OTHER = r"(?!\W{0,3}(?:[,/&]|or\b|and\b)\s*(?:[(\[][A-Za-z][)\]]|(?-i:[A-HJ-Z])(?![A-Za-z])))"
+_FIRST = re.compile(r"[\s*_\"'`]*(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])[.):](?=[\s*_]))" + _NO_OTHER)
 # "The answer to this question is (B)", "Answer: C", "the correct option is D." Not "the answer is A dog".
 _SAID = re.compile(
     r"\b(?:answer|option|choice)s?\b[^.:\n]{0,80}?(?:\bis|\bbe|:)[\s*_\"'`]*(?:(?:the\s+)?(?:option|choice|letter)\s+)?"
-    r"(?:[(\[]([A-Za-z])[)\]]|[*_\"'`]*([A-Z])(?=[\s*_\"'`]*(?:[.,;:!)\n]|$|because\b|since\b|as\b)))",
+    r"(?:[(\[]([A-Za-z])[)\]]|[*_\"'`]*([A-Z])(?=[\s*_\"'`]*(?:[.,;:!)\n]|$|because\b|since\b|as\b)))" + _NO_OTHER,
     re.IGNORECASE,
 )
 _SAID_IN_WORDS = re.compile(
     r"\b(?:answer|option|choice)s?\b[^.:\n]{0,80}?(?:\bis\b|\bbe\b|:)([^\n]{1,400})", re.IGNORECASE
 )
-_IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+_IN_BRACKETS = re.compile(r"(?<!not )\(([A-Z])\)")
 _SENTENCE_END = re.compile(r"[.;!](?:\s|$)|\n")
 
 

@@ -20,6 +20,7 @@ class Chrf(Metric):
     name = "chrf"
     doc = "corpus chrF of sacrebleu, 0 to 100"
     best = 100.0
+    is_mean = False
 
     def rows(self, cases: Cases) -> Array:
         parts = [np.empty((0, 3 * _ORDERS))]

@@ -47,6 +47,7 @@ class Metric:
 
     name: ClassVar[str]
     doc: ClassVar[str]  # one sentence for people
+    is_mean: ClassVar[bool] = True  # of a score of each record
     learns: ClassVar[bool] = False  # whether learned() has to be called
     best: ClassVar[float] = 1.0  # the highest value: 1, 100 as in sacrebleu, 10 of cider
 

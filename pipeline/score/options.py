@@ -27,13 +27,14 @@ class ScoreOptions:
     options_column: str | None = option(
         None, "metric=choice: column with the list of options, of the predictions or else of the reference file"
     )
-    metric: list[str] = option(doc=f"one or more of {', '.join(METRICS)}", factory=lambda: ["exact_match"])
+    metric: list[str] = option(doc=f"one or more of {', '.join(METRICS)}; none = exact_match", factory=list)
     by: str | None = option(None, "column whose values are scored by themselves, too, such as prompt_name")
     score_output: str | None = option(
         None, "file for the scores as JSON; null = score.json in the run's folder, or NAME.score.json beside the file"
     )
     score_rows: str | None = option(
-        None, "Parquet file for the scores of each record; null = score_rows.parquet in the run's folder, else none"
+        None,
+        "Parquet file for the scores of each record; null = score_rows.parquet beside score.json of a run, else none",
     )
     seed: int = option(42, "seed of the bootstrap", least=0)
 

@@ -30,7 +30,7 @@ def write_scores(scores: Scores, options: ScoreOptions) -> list[Place]:
     if output is None:
         raise UsageError(f"score_output= is not set: there is no place beside {scores.table.path} for score.json.")
     files = {output: _json(scores, options)}
-    if (rows := _rows_file(scores, options)) is not None:
+    if (rows := _rows_file(scores, options, output)) is not None:
         files[rows] = _parquet(scores)
     for path, content in files.items():
         try:
@@ -43,11 +43,12 @@ def write_scores(scores: Scores, options: ScoreOptions) -> list[Place]:
     return list(files)
 
 
-def _rows_file(scores: Scores, options: ScoreOptions) -> Place | None:
+def _rows_file(scores: Scores, options: ScoreOptions, output: Place) -> Place | None:
+    """Beside predictions of others it is not made unasked: next to Parquet files it would be taken for one of them."""
     if options.score_rows:
         return place(options.score_rows)
     is_run = isinstance(scores.table, ResultsTable) and scores.table.results.plan is not None
-    return scores.table.path / "score_rows.parquet" if is_run else None
+    return output.parent / f"{output.name.removesuffix('.json')}_rows.parquet" if is_run else None
 
 
 def _json(scores: Scores, options: ScoreOptions) -> bytes:

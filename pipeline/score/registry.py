@@ -40,10 +40,8 @@ def metrics_named(names: Sequence[str]) -> list[Metric]:
     """The metrics with these names, each once.
 
     Raises:
-        UsageError: there is none of that name (with the nearest), or no name.
+        UsageError: there is none of that name (with the nearest).
     """
-    if not names:
-        raise UsageError(f"metric=: expected one or more of {', '.join(METRICS)}.")
     for name in names:
         if name not in METRICS:
             near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)

@@ -82,7 +82,7 @@ def score(options: ScoreOptions) -> Scores:
         RunFailed: a file is damaged.
     """
     options.check()
-    metrics = metrics_named(options.metric)
+    metrics = metrics_named(options.metric or ["exact_match"])
     source = _Source(options)
     if any(metric.learns for metric in metrics):
         metrics = [metric.learned(source.references()) if metric.learns else metric for metric in metrics]
@@ -131,16 +131,14 @@ class _Source:
 
     def batches(self) -> Iterator[_Batch]:
         """The records that have a reference."""
-        start = 0
         for records, values in self._read():
             num = len(records.ids)
             self._examples = self._examples or records.ids[:2]
+            columns = {kind: values[kind] for kind in self._asked}
             if self.gold is not None:
-                values |= dict(zip(self.gold.columns, self.gold.values(records.ids), strict=True))
-            columns = {kind: values[name] for kind, name in self._in_gold.items()}
-            columns |= {kind: values[kind] for kind in self._asked}
+                gold = dict(zip(self.gold.columns, self.gold.values(records.ids), strict=True))
+                columns |= {kind: gold[name] for kind, name in self._in_gold.items()}
             yield self._batch(records, columns, num)
-            start += num
 
     def references(self) -> Iterator[Sequence[str]]:
         """The references of each row of the input that has some, once: its records lie beside each other."""
@@ -256,9 +254,7 @@ def _score(metric: Metric, resamples: Resamples, columns: slice, num_errors: int
         name: resamples.interval(lambda sums, num, name=name: metric.parts(sums, num)[name], columns)  # type: ignore[misc]
         for name in metric.parts(sums_S[None], np.ones(1))
     }
-    return Score(
-        resamples.interval(metric.value, columns), resamples.num_rows, num_errors, parts, metric.counts(sums_S)
-    )
+    return Score(resamples.interval_of(metric, columns), resamples.num_rows, num_errors, parts, metric.counts(sums_S))
 
 
 def _numbers(ids: Sequence[str]) -> NDArray[np.intp]:

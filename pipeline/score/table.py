@@ -40,17 +40,21 @@ def _remarks(scores: Scores) -> Iterator[str]:
     """What a reader of the numbers has to know."""
     results = scores.table.results if isinstance(scores.table, ResultsTable) else None
     if results is not None and not results.complete and results.plan is not None:
-        yield f"unfinished   {results.num_records:,} of {results.plan.num_records:,} records of the run are there"
+        yield f"unfinished   {results.num_records:,} of {_records(results.plan.num_records)} of the run are there"
     errors = scores.overall[0].num_errors
     if errors:
-        yield f"errors       {errors:,} records have no answer; they count as wrong"
+        yield f"errors       {_records(errors)} without an answer, counted as wrong"
     if scores.num_without_reference:
-        what = "no answer in the reference file" if scores.has_gold else "no reference"
-        yield f"left out     {scores.num_without_reference:,} records have {what}"
+        what = " in the reference file" if scores.has_gold else ""
+        yield f"left out     {_records(scores.num_without_reference)} without a reference{what}"
     if scores.num_unused_references:
-        yield f"not asked    {scores.num_unused_references:,} ids of the reference file are no record's"
+        yield f"not asked    {scores.num_unused_references:,} ids of the reference file, which no record has"
     if scores.num_repeated:
-        yield f"repeated     {scores.num_repeated:,} records have the id, prompt and sample of another; all count"
+        yield f"repeated     {_records(scores.num_repeated)} with the id, prompt and sample of another; all count"
+
+
+def _records(number: int) -> str:
+    return f"{number:,} record{'' if number == 1 else 's'}"
 
 
 def _group_lines(scores: Scores, by: str) -> Iterator[str]:
