@@ -41,12 +41,12 @@ class Groups:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __iter__(self) -> Iterator[tuple[str | None, np.ndarray[Any, np.dtype[np.int64]]]]:
-        """Each value and the numbers of its pairs; the largest group first."""
+    def largest(self, most: int) -> Iterator[tuple[str | None, np.ndarray[Any, np.dtype[np.int64]]]]:
+        """The values with the most pairs, and the numbers of these; the largest first."""
         order = np.argsort(self._codes, kind="stable")
         sizes = np.bincount(self._codes, minlength=len(self))
         stops = np.cumsum(sizes)
-        found = [
-            (value, order[stops[number] - sizes[number] : stops[number]]) for value, number in self._numbers.items()
-        ]
-        yield from sorted(found, key=lambda group: (-len(group[1]), group[0] or ""))
+        names = sorted(self._numbers, key=lambda name: (-sizes[self._numbers[name]], name or ""))
+        for name in names[:most]:
+            number = self._numbers[name]
+            yield name, order[stops[number] - sizes[number] : stops[number]]

@@ -91,8 +91,9 @@ def _score_lines(scores: Mapping[str, Any]) -> Iterator[str]:
     yield from _titled("scores", rows)
 
 
-def _group_lines(column: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _group_lines(column: str, found: Mapping[str, Any]) -> Iterator[str]:
     """A line for each value, with one metric behind it, or several below it."""
+    groups: Sequence[Mapping[str, Any]] = found["values"]
     names = ["null" if group["value"] is None else _short(group["value"], 28) for group in groups[:_MOST_LINES]]
     width = max(map(len, names), default=0)
     rows = []
@@ -106,8 +107,8 @@ def _group_lines(column: str, groups: Sequence[Mapping[str, Any]]) -> Iterator[s
         rows += [f"  {metric:24} {_score(entry)}" for metric, entry in scores.items() if len(scores) > 1]
     yield f"by {column}"
     yield from (f"          {row}" for row in rows)
-    if len(groups) > len(names):
-        yield f"          and {len(groups) - len(names):,} more, see diff.json"
+    if found["num_values"] > len(names):
+        yield f"          and {found['num_values'] - len(names):,} more values, see diff.json"
 
 
 def share_same(group: Mapping[str, Any]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,8 @@ from pipeline.diff.comparison import Comparison, Numbers
 from pipeline.diff.provenance import models, numeric_differences, setting_differences, version_differences
 from pipeline.diff.scores import Scores
 from pipeline.diff.side import Side
+
+_MOST_VALUES = 1000  # of a column; each costs a bootstrap for each metric
 
 
 def summary(a: Side, b: Side, comparison: Comparison, scores: Scores | None, *, seed: int) -> dict[str, Any]:
@@ -98,18 +100,23 @@ def _lengths(a: Numbers, b: Numbers) -> dict[str, Any] | None:
     return {"num_records": len(a), **sides, "num_longer_in_b": longer, "num_shorter_in_b": shorter}
 
 
-def _by(comparison: Comparison, name: str, scores: Scores | None, seed: int) -> Sequence[Mapping[str, Any]]:
-    return [
-        {
-            "value": value,
-            "num_records": len(numbers),
-            "changes": _counts(comparison, numbers),
-            "similarity": _spread(_known(comparison.similarity[numbers])),
-            "num_generated_tokens": _lengths(*(tokens[numbers] for tokens in comparison.tokens)),
-            "scores": scores.of(numbers, seed=seed) if scores else {},
-        }
-        for value, numbers in comparison.groups[name]
-    ]
+def _by(comparison: Comparison, name: str, scores: Scores | None, seed: int) -> Mapping[str, Any]:
+    """The largest groups of a column."""
+    groups = comparison.groups[name]
+    return {
+        "num_values": len(groups),
+        "values": [
+            {
+                "value": value,
+                "num_records": len(numbers),
+                "changes": _counts(comparison, numbers),
+                "similarity": _spread(_known(comparison.similarity[numbers])),
+                "num_generated_tokens": _lengths(*(tokens[numbers] for tokens in comparison.tokens)),
+                "scores": scores.of(numbers, seed=seed) if scores else {},
+            }
+            for value, numbers in groups.largest(_MOST_VALUES)
+        ],
+    }
 
 
 def _counts(comparison: Comparison, numbers: Any) -> dict[str, int]:

@@ -194,11 +194,11 @@ def test_groups_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureF
     make_run(tmp_path / "a", lambda key: "yes", **more)
     make_run(tmp_path / "b", lambda key: "no" if key.row_index in (1, 3) else "yes", **more)
     found, said = diff(capsys, tmp_path / "a", tmp_path / "b", by=["kind", "year"])
-    groups = found["by"]["kind"]
+    groups = found["by"]["kind"]["values"]
     assert [group["value"] for group in groups] == ["cat", None, "\x1b[31mdog"]
     assert [group["changes"]["same"] for group in groups] == [2, 1, 1]
     assert [group["num_records"] for group in groups] == [3, 2, 1]
-    assert [group["value"] for group in found["by"]["year"]] == [str(year) for year in range(1900, 1906)]
+    assert [group["value"] for group in found["by"]["year"]["values"]] == [str(year) for year in range(1900, 1906)]
     assert "null" in said and "\x1b" not in said
     with pytest.raises(UsageError, match=r"has no column 'size'"):
         diff(capsys, tmp_path / "a", tmp_path / "b", by=["size"])
@@ -222,7 +222,7 @@ def test_scores_have_an_interval_of_the_difference(tmp_path: Path, capsys: pytes
     assert score["difference"] == pytest.approx(16 / 39)
     assert 0.1 < score["low"] < 16 / 39 < score["high"] < 0.7
     assert "more than chance" in said
-    assert found["by"]["prompt_name"][0]["scores"]["exact_match"] == score
+    assert found["by"]["prompt_name"]["values"][0]["scores"]["exact_match"] == score
     assert diff(capsys, tmp_path / "a", tmp_path / "b", **asked)[0]["scores"]["exact_match"] == score
     same = diff(capsys, tmp_path / "a", tmp_path / "a", **asked)[0]["scores"]["exact_match"]
     assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
