@@ -32,6 +32,7 @@ _MEMORY_BYTES = 1 << 30  # above what the process has: a picture of 100 megapixe
 _MOST_ENCODED_BYTES = 1 << 28
 _MOST_PROCESSES = 4
 _MADE, _FAILED = b"+", b"-"
+_TOO_MUCH = b"not shown: decoding it takes too much memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,9 @@ def _reply(data: bytes, max_image_pixels: int) -> bytes:
         image.save(small, "WEBP", quality=_QUALITY)
         return _MADE + small.getvalue()
     except RowFault as fault:
+        if fault.kind == "MemoryError":
+            return _FAILED + _TOO_MUCH
         reason = fault.message.removeprefix("image bytes: ")
         return _FAILED + f"not shown: {reason}".encode("utf-8", "replace")
     except MemoryError:
-        return _FAILED + b"not shown: decoding it takes too much memory"
+        return _FAILED + _TOO_MUCH
