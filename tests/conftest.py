@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, DRIVER, Browser, opened_browser
 from command_line import CommandLine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
@@ -29,3 +31,13 @@ def vlm_batch(tmp_path: Path) -> CommandLine:
         return done
 
     return call
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One for all tests that look at pages."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("needs a browser: apt-get install chromium chromium-driver")
+    pytest.importorskip("selenium", reason="needs selenium: make setup")
+    with opened_browser() as found:
+        yield found

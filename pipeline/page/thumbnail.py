@@ -27,11 +27,12 @@ Key = TypeVar("Key")
 
 _SIDE_PIXELS = 320  # of the longer side: twice what a card shows, for fine screens
 _QUALITY = 72  # of WebP: 5 to 12 kB for a photograph
-_TASK_SECONDS = 20.0
+_TASK_SECONDS, _START_SECONDS = 20.0, 120.0
 _MEMORY_BYTES = 1 << 30  # above what the process has: a picture of 100 megapixels takes 700 MB
 _MOST_ENCODED_BYTES = 1 << 28
 _MOST_PROCESSES = 4
 _MADE, _FAILED = b"+", b"-"
+_TOO_MUCH = b"not shown: decoding it takes too much memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,8 @@ class _Decoder:
         self._pipe: Connection | None = None
 
     def thumbnail(self, data: bytes) -> Thumbnail:
-        pipe = self._pipe or self._started()
         try:
+            pipe = self._pipe or self._started()
             pipe.send_bytes(data)
             if not pipe.poll(self._seconds):
                 self.end()
@@ -135,6 +136,9 @@ class _Decoder:
         )
         self._process.start()
         theirs.close()
+        if not self._pipe.poll(_START_SECONDS):  # imports are no part of a picture's time
+            raise OSError("it did not start")
+        self._pipe.recv_bytes()
         return self._pipe
 
 
@@ -145,12 +149,12 @@ def _serve(pipe: Connection, max_image_pixels: int) -> None:
     os.nice(10)
     limit_memory(_MEMORY_BYTES)
     with silenced_libraries():
-        while True:
-            try:
-                data = pipe.recv_bytes()
-                pipe.send_bytes(_reply(data, max_image_pixels))
-            except (EOFError, OSError):
-                return
+        try:
+            pipe.send_bytes(_MADE)
+            while True:
+                pipe.send_bytes(_reply(pipe.recv_bytes(), max_image_pixels))
+        except (EOFError, OSError):  # nobody is there any more
+            return
 
 
 def _reply(data: bytes, max_image_pixels: int) -> bytes:
@@ -164,7 +168,9 @@ def _reply(data: bytes, max_image_pixels: int) -> bytes:
         image.save(small, "WEBP", quality=_QUALITY)
         return _MADE + small.getvalue()
     except RowFault as fault:
+        if fault.kind == "MemoryError":
+            return _FAILED + _TOO_MUCH
         reason = fault.message.removeprefix("image bytes: ")
         return _FAILED + f"not shown: {reason}".encode("utf-8", "replace")
     except MemoryError:
-        return _FAILED + b"not shown: decoding it takes too much memory"
+        return _FAILED + _TOO_MUCH

@@ -16,6 +16,7 @@ Numbers = np.ndarray[Any, Any]
 HOW_TO_DRAW = "pip install 'vlm-batch[report]' has plots drawn."
 _WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 2.5
 _MOST_BINS = 40
+_MOST_DOTS, _CELLS = 300, 24
 # Colours that stand in the SVG for those of the page, which change with its scheme.
 _COLOURS = {"#010101": "var(--ink)", "#020202": "var(--quiet)", "#030303": "var(--line)", "#040404": "var(--accent)"}
 _INK, _QUIET, _LINE, _ACCENT = _COLOURS
@@ -78,10 +79,11 @@ def scatter(title: str, across: Numbers, up: Numbers, units: tuple[str, str], ca
     """Pairs of numbers as dots, as many at a place as the place is dark; None where there is none."""
     if not len(across):
         return None
-    pairs, numbers = np.unique(np.stack([across, up], axis=1), axis=0, return_counts=True)
-    if len(pairs) > 2000:  # each dot is an element of the page
-        chosen = np.sort(np.random.default_rng(0).permutation(len(pairs))[:2000])
-        pairs, numbers = pairs[chosen], numbers[chosen]
+    pairs = np.stack([across, up], axis=1)
+    if len(np.unique(pairs, axis=0)) > _MOST_DOTS:  # each is an element of the page: near ones become one
+        cell = np.maximum(1, pairs.max(axis=0) / _CELLS)
+        pairs = (np.floor(pairs / cell) + 0.5) * cell
+    pairs, numbers = np.unique(pairs, axis=0, return_counts=True)
     with _Canvas(f"{title}: {caption}") as canvas:
         sizes = 6 + 60 * numbers / numbers.max()
         canvas.axes.scatter(pairs[:, 0], pairs[:, 1], s=sizes, color=_ACCENT, alpha=0.45, linewidths=0)
