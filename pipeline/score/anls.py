@@ -8,7 +8,6 @@ references; without case, and with one blank between words.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 from pipeline.score.extra import rapidfuzz_distance
 from pipeline.score.metric import Metric, References
@@ -29,6 +28,5 @@ class Anls(Metric):
         return {"threshold": str(_LEAST)}
 
 
-@lru_cache(65536)
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())

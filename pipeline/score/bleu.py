@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.score.extra import tokenizer_13a
+from pipeline.score.extra import forget_tokenized, tokenizer_13a
 from pipeline.score.metric import Array, Cases, Metric
 from pipeline.score.ngrams import Texts, Vocabulary, parts_of, with_text
 
@@ -36,6 +36,7 @@ class Bleu(Metric):
             rows = zip(responses, map(with_text, references), strict=True)
             texts = vocabulary.texts([[words(answer), *map(words, right)] for answer, right in rows])
             parts.append(_statistics(texts))
+            forget_tokenized()
         return np.concatenate(parts)
 
     def value(self, sums_BS: Array, num_rows_B: Array) -> Array:

@@ -14,7 +14,7 @@ _CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|ll|re|ve))(?!\w)")
 _CANNOT = re.compile(r"\b(can)(not)\b")
 _WORD = re.compile(
     r"n't(?!\w)|'(?:s|m|d|ll|re|ve)(?!\w)"
-    r"|\d+(?:[.,:/]\d+)*(?![^\W\d])"  # 3.5  1,000  10:30  1/2
+    r"|(?>\d+(?:[.,:/]\d+)*)(?![^\W\d])"  # 3.5  1,000  10:30  1/2, not 10th
     r"|(?:\w\.){2,}"  # u.s.
     r"|[^\W_]+(?:[-'./&@_][^\W_]+)*"  # well-known, o'clock
     r"|[^\s\w.,;:!?'\"`()\[\]{}\u2010-\u2015\u201c\u201d\u2026-]"  # % $ & # ...

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
 
 from pipeline.score.metric import Metric, References
 
@@ -59,7 +58,6 @@ def canonical(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-@lru_cache(65536)
 def normalized(text: str) -> str:
     """Lower case, no punctuation but within numbers, no articles, one blank between words."""
     text = unicodedata.normalize("NFKC", text).casefold()

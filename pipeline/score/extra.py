@@ -29,6 +29,14 @@ def tokenizer_13a() -> Any:
     return _module("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
 
 
+def forget_tokenized() -> None:
+    """Empty the caches of sacrebleu's tokenizer: they hold 65,536 texts twice over, however long those are."""
+    for module, name in (("tokenizer_13a", "Tokenizer13a"), ("tokenizer_re", "TokenizerRegexp")):
+        tokenize = getattr(_module(f"sacrebleu.tokenizers.{module}"), name).__call__
+        if clear := getattr(tokenize, "cache_clear", None):
+            clear()
+
+
 def _module(name: str) -> Any:
     package = name.partition(".")[0]
     try:

@@ -38,6 +38,11 @@ class ScoreOptions:
     )
     seed: int = option(42, "seed of the bootstrap", least=0)
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics: metric=[bleu,chrf], metric=bleu,chrf or both given one after the other."""
+        return [name.strip() for names in self.metric for name in names.split(",")] or ["exact_match"]
+
     def check(self) -> None:
         """Refuse words that are missing or contradict each other.
 
@@ -53,5 +58,5 @@ class ScoreOptions:
                 f"reference={self.reference} looks like a file: say with reference_column= which of its columns has "
                 "the right answers."
             )
-        if self.options_column is not None and "choice" not in self.metric:
+        if self.options_column is not None and "choice" not in self.metrics:
             raise UsageError(f"options_column={self.options_column} is for metric=choice.")

@@ -91,7 +91,7 @@ def _interval(interval: Interval) -> Mapping[str, float | None]:
 def _parquet(scores: Scores) -> bytes:
     records = scores.records
     columns = {
-        "id": pa.array(records.ids, pa.string()),
+        "id": pa.array([row_id.encode("utf-8", "replace").decode() for row_id in records.ids], pa.string()),
         "row_index": pa.array(records.row_indices, pa.int64()),
         "prompt_name": pa.array(records.prompt_names, pa.string()),
         "sample_index": pa.array(records.sample_indices, pa.int32()),

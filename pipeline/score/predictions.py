@@ -167,15 +167,20 @@ def identity_columns(table: ResultsTable | LinesTable, id_column: str) -> dict[s
 
 def identity(values: Mapping[str, list[Any] | None], num: int, start: int) -> Identity:
     """Of a batch of `num` records that begins with record `start`: without ids, records go by their position."""
-    rows = values["row_index"] or list(range(start, start + num))
-    rows = [start + place if row is None else int(row) for place, row in enumerate(rows)]
+    places = range(start, start + num)
+    rows = [row if _is_index(row, 2**63) else at for row, at in zip(values["row_index"] or places, places, strict=True)]
     ids = [id_text(value) for value in values["id"] or rows]
+    names, samples = values["prompt_name"] or [None] * num, values["sample_index"] or [None] * num
     return Identity(
         [str(row) if row_id is None else row_id for row_id, row in zip(ids, rows, strict=True)],
         rows,
-        values["prompt_name"] or [None] * num,
-        [None if value is None else int(value) for value in values["sample_index"] or [None] * num],
+        [None if name is None else str(name) for name in names],
+        [sample if _is_index(sample, 2**31) else None for sample in samples],
     )
+
+
+def _is_index(value: Any, limit: int) -> bool:
+    return isinstance(value, int) and 0 <= value < limit
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 
 from pipeline.score.extra import rapidfuzz_distance
 from pipeline.score.metric import Metric, References
@@ -28,7 +27,6 @@ class RougeL(Metric):
         return {"tokenizer": "[a-z0-9]+ in lower case", "stemmer": "no"}
 
 
-@lru_cache(65536)
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 

@@ -82,7 +82,7 @@ def score(options: ScoreOptions) -> Scores:
         RunFailed: a file is damaged.
     """
     options.check()
-    metrics = metrics_named(options.metric or ["exact_match"])
+    metrics = metrics_named(options.metrics)
     source = _Source(options)
     if any(metric.learns for metric in metrics):
         metrics = [metric.learned(source.references()) if metric.learns else metric for metric in metrics]

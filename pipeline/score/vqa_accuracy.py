@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from pipeline.score.metric import Metric, References, UnusableCase
 
+_SHORT = 64  # letters: such answers come again and again, and their normalized text is kept
 _FEWEST = 4  # people: with fewer the best answer is not worth 1
 _DROPPED = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -74,9 +75,12 @@ def _plain(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@lru_cache(65536)
 def normalized(text: str) -> str:
     """Lower case, digits for small numbers, apostrophes where they belong, no articles, hardly any punctuation."""
+    return _normalized_once(text) if len(text) <= _SHORT else _normalized(text)
+
+
+def _normalized(text: str) -> str:
     found = text
     has_comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
     for mark in _DROPPED:
@@ -85,3 +89,6 @@ def normalized(text: str) -> str:
     found = _POINT.sub("", found, count=_MOST_POINTS)
     words = (_DIGITS.get(word, word) for word in found.lower().split())
     return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
+
+
+_normalized_once = lru_cache(65536)(_normalized)

@@ -260,6 +260,26 @@ def test_all_metrics_of_texts_at_once(tmp_path: Path) -> None:
     assert scored(**words_of_command) == found
 
 
+def test_columns_with_our_names_may_hold_anything(tmp_path: Path) -> None:
+    odd = {"row_index": "seven", "prompt_name": 3, "sample_index": 0.5, "response": "x", "gold": "x"}
+    (tmp_path / "a.json").write_text(
+        json.dumps([odd | {"id": "\ud800"}, odd | {"id": None, "row_index": 7, "sample_index": 2**40}])
+    )
+    rows = tmp_path / "rows.parquet"
+    scored(predictions=str(tmp_path / "a.json"), reference="gold", score_rows=str(rows))
+    assert [list(entry.values()) for entry in pq.read_table(rows).to_pylist()] == [
+        ["?", 0, "3", None, 1.0],
+        ["7", 7, "3", None, 1.0],
+    ]
+
+
+@pytest.mark.parametrize("words", [["metric=[anls,chrf]"], ["metric=anls,chrf"], ["metric=anls", "metric=chrf"]])
+def test_metrics_may_be_named_in_every_way_of_a_list(words: list[str], tmp_path: Path) -> None:
+    answers = lines(tmp_path / "a.jsonl", [{"response": "x", "gold": "x"}])
+    assert main(["score", f"predictions={answers}", "reference=gold", *words]) == 0
+    assert list(json.loads((tmp_path / "a.score.json").read_text())) == ["anls", "chrf"]
+
+
 def test_thousands_of_groups(tmp_path: Path) -> None:
     rows = [{"response": "x", "gold": "x", "group": f"\x1b[31m {number}\n" + "w" * 60} for number in range(3000)]
     rows += [{"response": "x", "gold": "y", "group": None}] * 2

@@ -153,6 +153,7 @@ def test_cider_has_to_learn_first() -> None:
         ("A man's dog, it isn't HIS!", ["a", "man", "'s", "dog", "it", "is", "n't", "his"]),
         ("They cannot; we\u2019re 2 o'clock", ["they", "can", "not", "we", "'re", "2", "o'clock"]),
         ("100% of 1,000.5 at 10:30 - (well-known)", ["100", "%", "of", "1,000.5", "at", "10:30", "well-known"]),
+        ("the 10th and 2nd, 3x4", ["the", "10th", "and", "2nd", "3x4"]),
         ("U.S. \u201cquoted\u201d ... $5 & #1", ["u.s.", "quoted", "$", "5", "&", "#", "1"]),
         ("\u72ac caf\u00e9 _", ["\u72ac", "caf\u00e9"]),
         ("", []),
