@@ -58,8 +58,8 @@ def _similarity_lines(found: Mapping[str, Any]) -> Iterator[str]:
     alike = found["similarity"]
     if alike["mean"] is not None:
         yield (
-            f"alike     mean {alike['mean']:.3f}, median {alike['median']:.3f}, p5 {alike['p5']:.3f}, "
-            f"lowest {alike['lowest']:.3f} (1 = equal)"
+            f"alike     mean {alike['mean']:.4f}, median {alike['median']:.4f}, p5 {alike['p5']:.4f}, "
+            f"lowest {alike['lowest']:.4f} (1 = equal)"
         )
 
 
@@ -100,7 +100,7 @@ def _group_lines(column: str, found: Mapping[str, Any]) -> Iterator[str]:
     for name, group in zip(names, groups, strict=False):
         alike, scores = group["similarity"]["mean"], group["scores"]
         text = f"{name:{width}} {group['num_records']:>9,}  same {share_same(group):>6.1%}"
-        text += f"  alike {alike:.3f}" if alike is not None else ""
+        text += f"  alike {alike:.4f}" if alike is not None else ""
         if len(scores) == 1:
             text += "".join(f"  {metric} {_score(entry)}" for metric, entry in scores.items())
         rows.append(text)
