@@ -31,7 +31,7 @@ def conclude(output_dir: Place, *, is_retry: bool) -> bool:
             return False
         path = output_dir / "manifest.json"
         before = path.read_bytes() if path.is_file() else None
-        status = read_status(output_dir)
+        status = read_status(output_dir, ended=True)
         is_whole = write_manifest(output_dir, status)
         if not is_whole and not is_retry:
             left = status.plan.num_shards - status.num_shards_done

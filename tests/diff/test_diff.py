@@ -15,6 +15,7 @@ from command_line import CHECKOUT, CommandLine
 from small_run import COLUMNS, tree
 from two_runs import OUT_OF_MEMORY, UNREADABLE, diff, make_run, parquet
 
+from pipeline.diff import pairs
 from pipeline.diff.command import run_diff
 from pipeline.diff.options import DiffOptions
 from pipeline.errors import RunFailed, UsageError
@@ -90,6 +91,20 @@ def test_shards_of_another_size_change_nothing(
     )
     found, _ = diff(capsys, tmp_path / "a", tmp_path / "b")
     assert (found["changes"]["same"], found["changes"]["changed"], found["num_records"]) == (13, 1, 14)
+
+
+def test_a_few_files_at_a_time_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of runs that are larger than memory; here every file of a is a block of its own."""
+    monkeypatch.setattr(pairs, "_BLOCK_BYTES", 1)
+    make_run(tmp_path / "a", lambda key: f"row {key.row_index}", 9, shard_rows=2)
+    make_run(tmp_path / "b", lambda key: f"row {key.row_index % 8}", 9, shard_rows=4)
+    rows = tmp_path / "rows.parquet"
+    found, _ = diff(capsys, tmp_path / "a", tmp_path / "b", by=["year"], changed_rows=str(rows))
+    assert (found["changes"]["same"], found["changes"]["changed"]) == (8, 1)
+    assert found["by"]["year"]["values"][-1]["changes"]["changed"] == 1
+    assert pq.read_table(rows)["b_response"].to_pylist() == ["row 0"]
 
 
 def test_rows_in_another_order_find_their_partner_by_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
