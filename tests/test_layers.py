@@ -17,9 +17,10 @@ LAYERS = [
     {"planning", "results", "kept_images"},
     {"source_images"},
     {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog", "page"},
+    {"card"},
     {"assembly", "audit", "manifest"},
     {"compose", "run"},
-    {"preview", "ray_data"},
+    {"preview", "ray_data", "export"},
     {"commands"},
     {"__main__"},
 ]

@@ -28,5 +28,10 @@ COMMANDS = {
             "prove that every row of the plan has exactly one record; deep=true reads the images again, too",
             Keys.OUTPUT_DIR,
         ),
+        Command(
+            "export",
+            "write the answers as text files beside the images, jsonl, csv, LLaVA or OpenAI lines, tars, or to the hub",
+            Keys.OUTPUT_DIR,
+        ),
     )
 }
