@@ -25,13 +25,14 @@ def export(selection: Selection, options: ExportOptions, output_dir: Place) -> s
     refuse_taken(path, options.exists)
     columns = selection.columns(with_bytes=True)
     schema = table_schema(selection, columns)
-    with new_file(path) as file:
-        # Closed by hand: on an exception `with ParquetWriter` would write a footer over half the rows.
-        writer = pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True)
+    # On an exception the writer puts a footer over what it has; new_file() throws that away.
+    with (
+        new_file(path) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
         for table in selection.tables(list(columns.values())):
             writer.write_table(pa.table(table.columns, schema=schema))
             selection.num_written += table.num_rows
-        writer.close()
     return f"in {path}"
 
 
