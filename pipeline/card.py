@@ -156,6 +156,7 @@ def _body(plan: Plan, facts: CardFacts) -> list[str]:
         else "",
         "\n".join(errors),
         "## Load it",
+        "In this folder; from elsewhere `datasets.load_dataset` takes its path, or its name on the hub.",
         _loading(response, status),
         "## Settings",
         _fenced(yaml.safe_dump(_shown_settings(settings), sort_keys=True, allow_unicode=True), "yaml"),
@@ -201,7 +202,7 @@ def _loading(response: str, status: str) -> str:
         f"""\
 import datasets
 
-rows = datasets.load_dataset(".", split="train")  # "." is this folder; on the hub its name
+rows = datasets.load_dataset("parquet", data_files="data/*.parquet", split="train")
 print(rows[0][{column}])
 
 import pandas

@@ -258,12 +258,12 @@ def test_a_name_of_255_bytes_has_room_for_its_temporary_name(tmp_path: Path) -> 
     assert texts(tmp_path / "pictures") == {f"{name}.txt": f"{name}.jpg is a picture"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_or_written(tmp_path: Path) -> None:
     output = run(tmp_path, "a.jpg")
-    (tmp_path / "pictures").chmod(0o500)
-    with pytest.raises(RunFailed, match="cannot be written"):
-        export(output)
+    with pytest.raises(RunFailed, match="/proc/texts cannot be made"):
+        export(output, to="/proc/texts")
+    with pytest.raises(RunFailed, match="/proc cannot be written"):
+        export(output, to="/proc")
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
