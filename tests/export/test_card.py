@@ -24,7 +24,8 @@ from pipeline.write.schema import WriteConfig
 
 HOSTILE = [
     "<script>alert(1)</script>", "| a | b |", "```\n# heading", "`tick`", "[a](javascript:alert(1))", "![x](http://h/x)",
-    "---\nlicense: mit", "@everyone #1", "www.evil.example", "a\\|b`c", "\x1b[2J", "https://user:pass@host/x", "&lt;b&gt;",
+    "---\nlicense: mit", "@everyone #1", "www.evil.example", "a\\|b`c", "\x1b[2J", "https://user:pass@host/x",
+    "&lt;b&gt;",
 ]  # fmt: skip
 
 
