@@ -66,6 +66,7 @@ def test_shards_and_card_are_pushed_in_one_commit(output: Path) -> None:
     assert "| answers | 6 |" in card and "1 x `decode/UnidentifiedImageError`" in card and is_ours(card.encode())
 
 
+@pytest.mark.slow  # four pushes
 def test_data_that_is_there_stays_unless_told_otherwise(output: Path) -> None:
     with serving(SmallHub()) as hub:
         hub.files = {"data/train-0.parquet": b"theirs", "README.md": b"# mine", "notes.txt": b"notes"}
@@ -93,6 +94,7 @@ def test_chosen_records_are_pushed_and_the_card_says_so(output: Path) -> None:
     assert "5 records that were chosen from 7" in card and "| errors | 0 |" in card and "## Errors" not in card
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses(output: Path) -> None:
     with serving(SmallHub(refuses=403)) as hub:
         printed = push(hub, output, code=1)

@@ -26,6 +26,7 @@ from pipeline.export.formats import exported
 from pipeline.export.options import Errors, Exists, ExportOptions, Format
 from pipeline.export.selection import Selection
 from pipeline.results import results_of_run
+from pipeline.write.file import place
 from pipeline.write.schema import WriteConfig
 
 FORMULAS = ["=cmd|'/c calc'!A1", "+1+cmd", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1"]
@@ -238,6 +239,20 @@ def test_files_in_an_object_store(odd_run: Path, tmp_path: Path) -> None:
     export(odd_run, Format.csv, to=to, exists=Exists.overwrite)
     with fsspec.open(to) as file:
         assert file.read(8) == b'"vlm_id"'
+
+
+def test_a_run_in_an_object_store(odd_run: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    files.put(str(odd_run) + "/", f"/{tmp_path.name}-run", recursive=True)
+    output_dir = place(f"memory://{tmp_path.name}-run")
+    done, where = exported(output_dir, ExportOptions(format=Format.jsonl))
+    assert done.num_written == 19 and where == f"in memory://{tmp_path.name}-run/export/answers.jsonl"
+    lines = files.cat_file(f"/{tmp_path.name}-run/export/answers.jsonl").decode().split("\n")[:-1]
+    assert [json.loads(line) for line in lines] == records(odd_run)
+    with pytest.raises(UsageError, match="lies among the files of the run"):
+        exported(output_dir, ExportOptions(format=Format.jsonl, to=f"memory://{tmp_path.name}-run/data/x"))
 
 
 def test_an_unfinished_run_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
