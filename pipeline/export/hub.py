@@ -45,7 +45,7 @@ def export(selection: Selection, options: ExportOptions, output_dir: Place) -> s
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # as documented
 
     if options.repo_id is None:
         raise UsageError("format=hub needs repo_id=USER/NAME, the dataset's name on the hub.")
@@ -124,15 +124,17 @@ def _shards(
     columns = selection.columns(with_bytes=True)
     kinds = ["status", "error_stage", "error_type"]
     asked = list(dict.fromkeys([*columns.values(), *kinds]))
-    for file, table in zip(files, selection.tables(asked), strict=True):
-        if not len(table):
-            continue
-        found = (row for row in table.select(kinds).to_pylist() if row["status"] == "error")
-        errors.update(f"{row['error_stage']}/{row['error_type']}" for row in found)
-        chosen = pa.table(table.select(list(columns.values())).columns, schema=table_schema(selection, columns))
-        pq.write_table(chosen, folder / file.name, compression="zstd", write_page_checksum=True)
-        selection.num_written += len(table)
-        yield f"data/{file.name}", folder / file.name
+    schema = table_schema(selection, columns)
+    for file in files:
+        path, number = folder / file.name, selection.num_written
+        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+            for table in selection.tables_of(file, asked):
+                found = (row for row in table.select(kinds).to_pylist() if row["status"] == "error")
+                errors.update(f"{row['error_stage']}/{row['error_type']}" for row in found)
+                writer.write_table(pa.table(table.select(list(columns.values())).columns, schema=schema))
+                selection.num_written += len(table)
+        if selection.num_written > number:
+            yield f"data/{file.name}", path
 
 
 def _clear(folder: Path, *, keep: Path) -> None:

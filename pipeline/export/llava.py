@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -104,7 +103,7 @@ class _Named:
             raise UsageError("the images are no files that a trainer could open. copy_images=true writes them as such.")
         if is_local(self.folder) and is_local(path):
             found = os.path.relpath(path, self.folder)
-            return path if found.startswith("..") else PurePosixPath(found).as_posix()
+            return path if found.split(os.sep)[0] == os.pardir else found
         return path.removeprefix(self.folder.rstrip("/") + "/")
 
 

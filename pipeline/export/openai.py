@@ -42,22 +42,25 @@ def export(selection: Selection, options: ExportOptions, output_dir: Place) -> s
         for table in selection.tables(_COLUMNS):
             for _, group in groupby(table.to_pylist(), key=lambda row: (row["row_index"], row["prompt_name"])):
                 rows = list(group)
-                file.write(line(_request(rows, selection, created)))
-                selection.num_written += len(rows)
+                answers = [row for row in rows if row["status"] == "ok"]
+                file.write(line(_request(answers or rows, selection, created)))
+                selection.num_written += len(answers or rows)
+                if answers and len(rows) > len(answers):
+                    selection.left_out["errors beside other samples of their row"] += len(rows) - len(answers)
     return f"in {path}"
 
 
 def _request(rows: Sequence[dict[str, Any]], selection: Selection, created: int) -> dict[str, Any]:
+    """One line. rows: the answers to one prompt; or, where there is none, its errors."""
     first = rows[0]
     plan, prompt_name = selection.plan, first["prompt_name"]
     name = f"{plan.plan_id[:12]}-{first['row_index']}-{plan.prompt_names.index(prompt_name)}"
     custom_id = first["id"] if len(selection.prompt_names) == 1 else f"{first['id']}/{prompt_name}"
-    answers = [row for row in rows if row["status"] == "ok"]
     found: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": custom_id, "response": None, "error": None}
-    if not answers:
+    if first["status"] == "error":
         kind = f"{first['error_stage']}/{first['error_type']}"
         return found | {"error": {"code": kind, "message": first["error_message"]}}
-    num_prompt, num_answer = first["num_prompt_tokens"] or 0, sum(row["num_generated_tokens"] or 0 for row in answers)
+    num_prompt, num_answer = first["num_prompt_tokens"] or 0, sum(row["num_generated_tokens"] or 0 for row in rows)
     choices = [
         {
             "index": row["sample_index"],
@@ -65,7 +68,7 @@ def _request(rows: Sequence[dict[str, Any]], selection: Selection, created: int)
             "logprobs": None,
             "finish_reason": _FINISH_REASONS.get(row["finish_reason"], row["finish_reason"]),
         }
-        for row in answers
+        for row in rows
     ]
     body = {
         "id": f"chatcmpl-{name}",

@@ -20,6 +20,8 @@ _BEGINNINGS = {
     b"BM": "bmp",
     b"II*\0": "tif",
     b"MM\0*": "tif",
+    b"II+\0": "tif",
+    b"MM\0+": "tif",
 }
 
 

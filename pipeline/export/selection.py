@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.dataset.table import holds_bytes
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from pipeline.export.options import ExportOptions
 from pipeline.plan import Plan
 from pipeline.results import Results
+from pipeline.write.file import Place, open_read
 
 _ASKED = ("prompt_name", "sample_index", "status", "error_stage", "error_type", "response")
+_PART_ROWS = 100
+_BUFFER_BYTES = 1 << 20
 
 
 class Selection:
@@ -115,8 +120,19 @@ class Selection:
         Raises:
             UsageError, RunFailed: as Results.tables().
         """
+        for path in self.results.files:
+            yield from self.tables_of(path, columns)
+
+    def tables_of(self, path: Place, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """As tables(), of one file; with columns of bytes in parts, as a thousand photographs are gigabytes."""
         asked = list(dict.fromkeys([*columns, *_ASKED]))
-        for table in self.results.tables(asked):
+        schema = self.results.schema
+        in_file = {self.results.column(name): name for name in schema.names}
+        if any(column in in_file and holds_bytes(schema.field(in_file[column]).type) for column in columns):
+            tables = _parts(path, {column: in_file[column] for column in asked})
+        else:
+            tables = replace(self.results, files=(path,)).tables(asked)
+        for table in tables:
             yield self._chosen(table).select(list(columns))
 
     def _chosen(self, table: pa.Table) -> pa.Table:
@@ -142,3 +158,26 @@ class Selection:
         if number := pc.sum(unwanted).as_py():
             self.left_out[why] += number
         return table.filter(pc.invert(unwanted))
+
+
+def _parts(path: Place, names: Mapping[str, str]) -> Iterator[pa.Table]:
+    """A shard some rows at a time, read page by page.
+
+    names: what a column is to be called -> its name in the file.
+    """
+    try:
+        with (
+            open_read(path) as source,
+            pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, page_checksum_verification=True) as file,
+        ):
+            for batch in file.iter_batches(_PART_ROWS, columns=list(names.values()), use_threads=False):
+                plain = (_plain(batch.column(name)) for name in names.values())
+                yield pa.table(dict(zip(names, plain, strict=True)))
+    except (OSError, ValueError, pa.ArrowException) as problem:
+        raise RunFailed(
+            f"{path} is damaged ({problem}). Delete it and run again: only its rows are asked for anew."
+        ) from problem
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column

@@ -172,6 +172,34 @@ def test_kept_images_go_where_bytes_can(tmp_path: Path) -> None:
         export(tmp_path / "run", Format.csv, columns=["image"])
 
 
+def test_kept_images_are_read_a_hundred_records_at_a_time(tmp_path: Path) -> None:
+    """And nothing is lost where one part ends and the next begins."""
+    source = pictures(tmp_path / "pictures", *(f"{number:03d}.png" for number in range(120)))
+    answered_run(
+        tmp_path / "run",
+        source,
+        lambda row, key: FAULT if row.index in (99, 100) else row.id,
+        write=WriteConfig(keep_images=True),
+        shard_rows=120,
+    )
+    done = export(tmp_path / "run", Format.parquet, errors=Errors.skip)
+    with pq.ParquetFile(tmp_path / "run/export/answers.parquet") as file:
+        assert [file.metadata.row_group(number).num_rows for number in range(2)] == [99, 19]
+        rows = file.read().to_pylist()
+    assert rows == [row for row in records(tmp_path / "run") if row["status"] == "ok"]
+    assert done.left_out == {"error decode/UnidentifiedImageError": 2} and done.num_written == 118
+    (shard,) = (tmp_path / "run/data").iterdir()
+    group = pq.read_metadata(shard).row_group(0)
+    chunks = (group.column(number) for number in range(group.num_columns))
+    [images] = [chunk for chunk in chunks if chunk.path_in_schema.endswith("bytes")]
+    content = bytearray(shard.read_bytes())
+    content[images.data_page_offset + images.total_compressed_size // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(RunFailed, match=r"part-00000\.parquet is damaged"):
+        export(tmp_path / "run", Format.arrow)
+    assert [path.name for path in (tmp_path / "run/export").iterdir()] == ["answers.parquet"]
+
+
 def test_what_is_there_stays_unless_told_otherwise(odd_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("mine")
@@ -199,12 +227,12 @@ def test_a_kill_leaves_nothing_under_the_name(format: str, odd_run: Path, tmp_pa
 import os, signal
 from pathlib import Path
 from pipeline.results import Results
-tables = Results.tables
+tables, files = Results.tables, []
 def two(self, columns):
-    for number, table in enumerate(tables(self, columns)):
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield table
+    files.append(self.files)
+    if len(files) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tables(self, columns)
 Results.tables = two
 from pipeline.export.formats import exported
 from pipeline.export.options import Exists, ExportOptions, Format

@@ -132,7 +132,8 @@ def test_openai_lines_are_those_of_a_batch(tmp_path: Path) -> None:
 def test_openai_samples_are_choices_and_prompts_are_lines(tmp_path: Path) -> None:
     source = pictures(tmp_path / "pictures", "a.png", "b.png")
     answered_run(tmp_path / "run", source, several, prompt_names=("short", "long"), num_samples=2)
-    export(tmp_path / "run", Format.openai, to=str(tmp_path / "x"))
+    done = export(tmp_path / "run", Format.openai, to=str(tmp_path / "x"))
+    assert (done.num_written, done.left_out) == (6, {"errors beside other samples of their row": 2})
     found = lines(tmp_path / "x")
     assert [line["custom_id"] for line in found] == ["a.png/short", "a.png/long", "b.png/short", "b.png/long"]
     assert [choice["index"] for choice in found[0]["response"]["body"]["choices"]] == [0]
