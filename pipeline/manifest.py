@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from contextlib import suppress
 
+from pipeline.card import write_card
 from pipeline.errors import RunFailed
 from pipeline.status import Status, read_status
 from pipeline.write.claim import Claims
@@ -77,6 +78,7 @@ def write_manifest(output_dir: Place, status: Status) -> bool:
         if not _holds(path, text):  # else another worker wrote the same and cleared work/ away under our hands
             raise RunFailed(f"{path} cannot be written: {problem}.") from problem
     crash_point("manifest_written")
+    write_card(output_dir, status)
     for stray in strays(work_dir, {plan.shard(number).name: one.generation for number, one in status.shards.items()}):
         stray.unlink(missing_ok=True)
         crash_point("stray_removed")

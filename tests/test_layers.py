@@ -17,10 +17,10 @@ LAYERS = [
     {"planning", "results", "kept_images"},
     {"source_images"},
     {"agenda", "feed", "intake", "config", "status", "score", "deep_audit", "watchdog", "page"},
-    {"assembly", "audit", "report"},
+    {"assembly", "audit", "report", "card"},
     {"manifest"},
     {"compose", "run"},
-    {"preview", "diff", "ray_data"},
+    {"preview", "diff", "ray_data", "export"},
     {"commands"},
     {"__main__"},
 ]

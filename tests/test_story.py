@@ -53,7 +53,7 @@ def test_a_job_from_an_empty_folder_to_right_answers(vlm_batch: CommandLine, tmp
     assert "none missing, none doubled" in vlm_batch("audit", "output_dir=answers").stdout
     assert "state    done" in vlm_batch("status", "output_dir=answers", "watch=true").stdout
     assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == [
-        "data", "manifest.json", "plan", "plan.json", "report.html", "stats",
+        "README.md", "data", "manifest.json", "plan", "plan.json", "report.html", "stats",
     ]  # fmt: skip
 
 

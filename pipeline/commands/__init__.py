@@ -43,5 +43,10 @@ COMMANDS = {
             "a self-contained HTML page: pictures with answers, errors by class, lengths, throughput, who waited",
             Keys.OUTPUT_DIR,
         ),
+        Command(
+            "export",
+            "write the answers as text files beside the images, jsonl, csv, LLaVA or OpenAI lines, tars, or to the hub",
+            Keys.OUTPUT_DIR,
+        ),
     )
 }
