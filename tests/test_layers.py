@@ -9,17 +9,18 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 # From the words of the program up to its command line; a module imports from lower layers, a stage from itself too.
 LAYERS = [
     {"records", "redaction", "option"},
-    {"errors", "tally", "shown"},
+    {"errors", "tally", "shown", "pace"},
     {"ranks", "ending"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "interruption"},
     {"overwrite", "preparation", "kernel_choices", "worker_stats"},
-    {"plan", "meter"},
+    {"plan", "tracking", "other_workers"},
+    {"meter"},
     {"planning", "results"},
     {"source_images"},
     {"agenda", "feed", "intake", "config", "status", "deep_audit", "watchdog"},
     {"assembly", "audit", "manifest"},
     {"compose", "run"},
-    {"preview", "ray_data"},
+    {"preview", "ray_data", "watch"},
     {"commands"},
     {"__main__"},
 ]
