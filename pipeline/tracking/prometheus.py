@@ -19,7 +19,7 @@ from pipeline.worker_stats import WorkerStats
 from pipeline.write.file import replace_file
 
 _SUFFIX = ".prom"  # the collector reads no other file
-_Sample = tuple[str, str, str, float]  # name, type, help, value
+_Sample = tuple[str, str, str, float]  # name, type, help text, value
 
 
 class PrometheusFile:
@@ -104,4 +104,4 @@ def _run_samples(run: RunFigures, num_records: int) -> Iterator[_Sample]:
     yield "vlm_batch_errors", "gauge", "Error rows among them.", run.errors
     yield "vlm_batch_workers", "gauge", "Workers that are at work.", run.workers
     rate = "Rows a second of all workers, over the last two minutes."
-    yield "vlm_batch_rows_per_second", "gauge", rate, run.rows_per_second
+    yield "vlm_batch_rows_per_second", "gauge", rate, run.rows_per_second if run.workers else 0.0

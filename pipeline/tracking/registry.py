@@ -64,7 +64,7 @@ def relays(
     Raises:
         UsageError: as refuse_trackers().
     """
-    refuse_trackers(track, track_dir, prometheus_file, output_dir)
+    refuse_trackers(track if rank == 0 else Track.none, track_dir, prometheus_file, output_dir)
     found = []
     address = without_credentials(str(output_dir if isinstance(output_dir, ObjectPath) else output_dir.absolute()))
     if track is not Track.none and rank == 0:

@@ -13,6 +13,8 @@ from pipeline.tracking.base import Figures, TrackedRun, is_installed
 log = logging.getLogger(__name__)
 
 _PROJECT = "vlm-batch"  # unless WANDB_PROJECT says another
+_INIT_SECONDS = 30.0  # a server that does not answer holds up the end of a run that is shorter
+_FINISH_SECONDS = 8.0  # what is not sent by then stays in its files, for `wandb sync`
 _WITHOUT_KEY = ("offline", "dryrun", "disabled")
 
 
@@ -33,22 +35,33 @@ class WandbTracker:
             dir=os.environ.get("WANDB_DIR") or run.folder,
             resume="allow",
             config=run.settings | {"output_dir": run.output_dir},
-            # Output of rows and source code stay here; wandb's own words would run into the progress bar.
-            settings=wandb.Settings(console="off", save_code=False, disable_git=True, silent=True),
+            settings=wandb.Settings(
+                console="off",  # what the run prints stays here
+                save_code=False,
+                disable_git=True,
+                silent=True,  # its words would run into the progress bar
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+            ),
         )
         self._run.define_metric("*", step_metric="rows_done")
-        log.info("track=wandb: %s", self._run.url or f"{self._run.dir} (wandb sync sends it)")
+        there = f"{self._run.sync_dir} until `wandb sync`" if self._run.offline else self._run.url
+        log.info("track=wandb: %s", there)
 
     @staticmethod
     def refuse() -> None:
         """See RunTracker. Without a key wandb would ask for one at the terminal, in the middle of the run."""
         if not is_installed("wandb"):
             raise UsageError("track=wandb needs the extra wandb: pip install 'vlm-batch[wandb]'.")
-        if os.environ.get("WANDB_MODE") in _WITHOUT_KEY or os.environ.get("WANDB_API_KEY"):
+        if os.environ.get("WANDB_MODE") in _WITHOUT_KEY:
             return
         import wandb
 
-        if not wandb.api.api_key:
+        try:
+            has_key = wandb.login(prompt=False, verify=False)
+        except (wandb.errors.Error, ValueError) as problem:  # a key of a wrong form
+            raise UsageError(f"track=wandb: {problem}") from None
+        if not has_key:
             raise UsageError(
                 "track=wandb: there is no key. Run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to keep "
                 "the figures in files until `wandb sync`."

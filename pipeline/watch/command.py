@@ -27,7 +27,7 @@ def watch(output_dir: Place, idle_seconds: float) -> None:
     try:
         with view:
             view.show(look)
-            while not look.ended and look.idle_seconds < idle_seconds:
+            while look.running or (not look.ended and look.idle_seconds < idle_seconds):
                 if not view.wait(heartbeat_seconds(output_dir)):
                     return
                 look = observer.look_again(look)
