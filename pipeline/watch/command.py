@@ -26,16 +26,16 @@ def watch(output_dir: Place, idle_seconds: float) -> None:
     view = view_of(output_dir, idle_seconds)
     try:
         with view:
-            view.show(look)
-            while look.running or (not look.ended and look.idle_seconds < idle_seconds):
+            view.show(look, observer.status)
+            while look.at_work or (not look.ended and look.idle_seconds < idle_seconds):
                 if not view.wait(heartbeat_seconds(output_dir)):
                     return
                 look = observer.look_again(look)
-                view.show(look)
+                view.show(look, observer.status)
     except KeyboardInterrupt:
         return
     if not isinstance(view, Lines):  # which have said so
-        print(shown("\n".join(status_lines(output_dir, look.status))))
+        print(shown("\n".join(status_lines(output_dir, observer.status))))
     if not look.ended:
         raise RunFailed(
             f"nobody has been at work for {duration(idle_seconds)} (idle_seconds), and the run is not done. The same "

@@ -25,7 +25,7 @@ from pipeline.worker_stats import WorkerStats
 _Line = list[Segment]
 
 _LABEL_WIDTH = 8
-_MOST_KINDS, _MOST_NEWEST = 6, 5
+_MOST_KINDS = 6
 _COLORS = {"done": "green", "lost": "bold red", "failed": "bold red", "stopped": "yellow", "slow": "yellow"}
 # Of a worker's line, what is left out on a narrow terminal, with the width below which it is.
 _NARROW = {"rows": 76, "waiting": 66}
@@ -79,7 +79,7 @@ class Screen:
         look = self.look
         if look.ended:
             return Text("done", style="green")
-        if not look.running:
+        if not look.at_work:
             left = duration(max(0.0, self._idle_seconds - look.idle_seconds))
             return Text(f"nobody is at work; ends in {left}", style="bold red")
         since = duration(max(0.0, time.time() - min(worker["started"] for worker in look.at_work)))
@@ -90,7 +90,7 @@ class Screen:
 
 def _bar(look: Look) -> RenderableType:
     """The share that is done, as a bar and a number."""
-    num_done, num_records = look.status.num_done, look.status.plan.num_records
+    num_done, num_records = look.num_done, look.num_records
     bar = Table.grid(expand=True, padding=(0, 1))
     bar.add_column(ratio=1)
     bar.add_column(justify="right", no_wrap=True)
@@ -109,22 +109,22 @@ def _facts(look: Look) -> RenderableType:
 
 
 def _said(look: Look) -> Iterator[tuple[str, Text]]:
-    status, at_work = look.status, look.at_work
-    yield "rows", Text(f"{status.num_done:,} of {status.plan.num_records:,} done")
+    at_work = look.at_work
+    yield "rows", Text(f"{look.num_done:,} of {look.num_records:,} done")
     if at_work:
         yield "rate", Text(_rate(look, at_work))
         yield "left", Text(_left(look))
-    elif not status.complete:
+    elif not look.complete:
         yield "left", Text("the same command goes on where it stopped")
-    yield "shards", Text(f"{status.num_shards_done:,} of {status.plan.num_shards:,} published")
+    yield "shards", Text(f"{look.num_shards_done:,} of {look.num_shards:,} published")
     loaded = [worker for worker in at_work if worker["state"] == "running"]
     if loaded:
         shares = [f"{name} {share:.0%}" for name, share in phases(loaded).items()]
         yield "time", Text(", ".join(shares))
     if look.problem:
         yield "problem", Text(f"{_one_line(look.problem)}; trying again", style="bold red")
-    num_errors = sum(status.errors.values())
-    share = f" ({num_errors / status.num_done:.1%} of the rows done)" if num_errors and status.num_done else ""
+    num_errors = sum(look.errors.values())
+    share = f" ({num_errors / look.num_done:.1%} of the rows done)" if num_errors and look.num_done else ""
     yield "errors", Text(f"{num_errors:,}{share}", style="yellow" if num_errors else "")
 
 
@@ -138,7 +138,7 @@ def _rate(look: Look, at_work: Sequence[WorkerStats]) -> str:
 
 
 def _left(look: Look) -> str:
-    if look.status.complete:
+    if look.complete:
         return "error rows are asked again, or the workers are ending"
     left = look.seconds_left
     if left is None:
@@ -148,7 +148,7 @@ def _left(look: Look) -> str:
 
 
 def _kinds(look: Look) -> list[Text]:
-    kinds = list(look.status.errors.items())
+    kinds = list(look.errors.items())
     told = [f"{number:,} x {_one_line(kind)}" for kind, number in kinds[:_MOST_KINDS]]
     if len(kinds) > _MOST_KINDS:
         rest = kinds[_MOST_KINDS - 1 :]
@@ -157,8 +157,8 @@ def _kinds(look: Look) -> list[Text]:
 
 
 def _heading(look: Look, num_workers: int, num_told: int) -> Text:
-    states = Counter(_state_of(look, worker) for worker in look.workers)
-    text = f"{len(look.running):,} at work" + "".join(
+    states = Counter(_state_of(look, worker) for worker in (*look.at_work, *look.gone))
+    text = f"{len(look.at_work):,} at work" + "".join(
         f", {states[state]:,} {state}" for state in ("slow", "loading", "lost", "failed", "stopped") if states[state]
     )
     if num_told < num_workers:
@@ -174,14 +174,14 @@ def _rows(look: Look) -> list[WorkerStats]:
         state = _state_of(look, worker)
         return order.get(state, 0), look.rates.get(worker["name"], 0.0), f"{worker.get('rank')!s:>9}"
 
-    return sorted(look.workers, key=urgency)
+    return sorted((*look.at_work, *look.gone), key=urgency)
 
 
 def _state_of(look: Look, worker: WorkerStats) -> str:
     state = str(worker["state"])
     if worker["name"] in look.slow:
         return "slow"
-    if worker["name"] in look.running:
+    if worker["name"] in look.rates:
         return state
     return {"loading": "lost", "running": "lost", "interrupted": "stopped"}.get(state, state)
 
@@ -226,13 +226,11 @@ def _cells(look: Look, worker: WorkerStats) -> dict[str, Text]:
 
 
 def _newest(look: Look) -> list[Text]:
-    """The newest errors of all workers, the newest first."""
-    found = [tuple(error) for worker in look.status.workers for error in worker.get("newest_errors", ())]
     told = []
-    for at, kind, example in sorted(found, reverse=True)[:_MOST_NEWEST]:
-        ago = duration(max(0.0, time.time() - at))
+    for error in look.newest_errors:
+        ago = duration(max(0.0, time.time() - error.time))
         text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(f"{ago + ' ago':>16}  ", style="dim").append(_one_line(f"{kind}  {example}"))
+        text.append(f"{ago + ' ago':>16}  ", style="dim").append(_one_line(f"{error.kind}  {error.example}"))
         told.append(text)
     return told
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeline.shown import shown
-from pipeline.status import status_lines
+from pipeline.status import Status, status_lines
 from pipeline.watch.keyboard import SUSPEND, Keyboard
 from pipeline.watch.observer import Look
 from pipeline.watch.screen import Screen
@@ -32,7 +32,7 @@ class View(Protocol):
         self, kind: type[BaseException] | None, problem: BaseException | None, at: TracebackType | None
     ) -> None: ...
 
-    def show(self, look: Look) -> None: ...
+    def show(self, look: Look, status: Status) -> None: ...
 
     def wait(self, seconds: float) -> bool:
         """Let time pass; False where whoever looks has seen enough."""
@@ -61,11 +61,9 @@ class Lines:
     ) -> None:
         """Nothing is held."""
 
-    def show(self, look: Look) -> None:
+    def show(self, look: Look, status: Status) -> None:
         """See View."""
-        lines = (
-            [f"problem  {look.problem}; trying again"] if look.problem else status_lines(self._output_dir, look.status)
-        )
+        lines = [f"problem  {look.problem}; trying again"] if look.problem else status_lines(self._output_dir, status)
         print(shown(("\n" if self._num_shown else "") + "\n".join(lines)), flush=True)
         self._num_shown += 1
 
@@ -97,7 +95,7 @@ class LiveView:
         self._close()
         self._entered.close()
 
-    def show(self, look: Look) -> None:
+    def show(self, look: Look, status: Status) -> None:
         """See View."""
         if self._screen is None:
             self._screen = Screen(look, self._idle_seconds)
