@@ -117,7 +117,8 @@ class Observer:
         rates, window_seconds = {}, 0.0
         for worker in running:
             pace = self._paces[worker["name"]]
-            pace.note(worker["updated"], worker.get("num_answered", 0))
+            if worker["state"] == "running":  # the time that a model takes to load says nothing about its pace
+                pace.note(worker["updated"], worker.get("num_answered", 0))
             lately = pace.per_second
             if lately is None or pace.seconds < _LEAST_SECONDS:
                 rates[worker["name"]] = float(worker["rows_per_second"])

@@ -111,13 +111,15 @@ def _facts(look: Look) -> RenderableType:
 def _said(look: Look) -> Iterator[tuple[str, Text]]:
     at_work = look.at_work
     yield "rows", Text(f"{look.num_done:,} of {look.num_records:,} done")
-    if at_work:
-        yield "rate", Text(_rate(look, at_work))
+    loaded = [worker for worker in at_work if worker["state"] == "running"]
+    if loaded:
+        yield "rate", Text(_rate(look, loaded))
         yield "left", Text(_left(look))
+    elif at_work:
+        yield "left", Text("unknown until a model is loaded")
     elif not look.complete:
         yield "left", Text("the same command goes on where it stopped")
     yield "shards", Text(f"{look.num_shards_done:,} of {look.num_shards:,} published")
-    loaded = [worker for worker in at_work if worker["state"] == "running"]
     if loaded:
         shares = [f"{name} {share:.0%}" for name, share in phases(loaded).items()]
         yield "time", Text(", ".join(shares))
@@ -128,9 +130,9 @@ def _said(look: Look) -> Iterator[tuple[str, Text]]:
     yield "errors", Text(f"{num_errors:,}{share}", style="yellow" if num_errors else "")
 
 
-def _rate(look: Look, at_work: Sequence[WorkerStats]) -> str:
-    since_start = sum(worker["rows_per_second"] for worker in at_work)
-    tokens = f"{sum(worker.get('tokens_per_second', 0.0) for worker in at_work):,.0f} tokens/s"
+def _rate(look: Look, loaded: Sequence[WorkerStats]) -> str:
+    since_start = sum(worker["rows_per_second"] for worker in loaded)
+    tokens = f"{sum(worker.get('tokens_per_second', 0.0) for worker in loaded):,.0f} tokens/s"
     if not look.window_seconds:
         return f"{since_start:.1f} rows/s, {tokens}"
     window = duration(look.window_seconds)

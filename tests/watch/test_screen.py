@@ -162,7 +162,10 @@ def test_a_model_that_loads_a_run_that_is_dead_and_one_that_is_done(tmp_path: Pa
     heartbeat(tmp_path, plan.plan_id, 0, state="loading", num_answered=0, rows_per_second=0.0, engine={})
     lines = look_at(tmp_path)
     assert lines[0].endswith("loading the model, 1 min 01 s")
-    assert "left     unknown: no row is done yet" in lines and not any(line.startswith("time") for line in lines)
+    assert "left     unknown until a model is loaded" in lines
+    assert not any(line.startswith(("time", "rate")) for line in lines)
+    heartbeat(tmp_path, plan.plan_id, 0, num_answered=0, rows_per_second=0.0)
+    assert "left     unknown: no row is done yet" in look_at(tmp_path)
     heartbeat(tmp_path, plan.plan_id, 0, updated=time.time() - 3600, started=time.time() - 7200)
     lines = look_at(tmp_path)
     assert lines[0].endswith("nobody is at work; ends in 5 min 00 s") or lines[0].endswith("ends in 4 min 59 s")
