@@ -144,7 +144,8 @@ def _left(look: Look) -> str:
         return "error rows are asked again, or the workers are ending"
     left = look.seconds_left
     if left is None:
-        return "unknown: no row is done yet" if look.window_seconds == 0 else "unknown: no row was done lately"
+        anything = any(worker.get("num_answered") for worker in look.at_work)
+        return "unknown: no row was done lately" if anything else "unknown: no row is done yet"
     ends = time.localtime(time.time() + min(left, 1e9))
     return f"{duration(left)}, until about {time.strftime('%H:%M' if left < 86400 else '%a %d %b %H:%M', ends)}"
 

@@ -55,6 +55,7 @@ def test_a_run_that_ends_while_it_is_watched(tmp_path: Path) -> None:
         assert_restored(session)
         end = session.written[session.written.rindex(LEFT) :].decode()
         assert "rows     6 of 6 done (100.0%)" in end and "state    done" in end
+        assert "q or Ctrl-C" not in end and "workers" not in end
 
 
 @pytest.mark.parametrize(

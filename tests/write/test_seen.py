@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import tracemalloc
 import uuid
 from pathlib import Path
 
@@ -111,6 +113,26 @@ def test_a_run_that_is_begun_anew_is_counted_anew(tmp_path: Path) -> None:
     reader = StatusReader(tmp_path)
     assert reader.read().complete
     move_aside(tmp_path, plan.plan_id)
-    new_plan(tmp_path, 6, settings=SETTINGS | {"prompt.user": "Another?"})
+    plan = new_plan(tmp_path, 6, settings=SETTINGS | {"prompt.user": "Another?"})
     status = reader.read()
     assert (status.num_done, status.num_shards_done) == (0, 0)
+    ledger = new_ledger(tmp_path, plan)
+    work(ledger, plan, plan.shard(0))
+    assert reader.read().num_done == 3
+    ledger.close()
+
+
+def test_an_absurd_length_asks_for_no_memory(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path, 6)
+    ledger = new_ledger(tmp_path, plan)
+    work(ledger, plan, plan.shard(0), list(keys_of(plan, plan.shard(0)))[:1])
+    ledger.close()
+    (path,) = (tmp_path / "work").glob("*.journal")
+    with open(path, "ab") as file:
+        file.write(struct.pack("<II", 1 << 30, 1) + b"x")
+    count = JournalCount()
+    tracemalloc.start()
+    count.look(path, plan_id=plan.plan_id)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count.num_rows == 1 and most_bytes < 10 << 20
