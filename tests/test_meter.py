@@ -17,6 +17,7 @@ from pipeline import worker_stats
 from pipeline.meter import Meter
 from pipeline.records import Answer, Fault, RecordKey, Stage
 from pipeline.tally import Tally
+from pipeline.vlm.base import EngineCounts
 
 
 def answer(row_index: int, fault: Fault | None = None) -> Answer:
@@ -57,6 +58,23 @@ def test_a_worker_is_heard_of_while_it_loads_and_while_no_answer_comes(tmp_path:
         one.end("done", {"num_shards_published": 1})
     time.sleep(0.2)
     assert heartbeats(tmp_path)[0]["state"] == "done", "a heartbeat came after the last word"
+
+
+def test_a_heartbeat_says_what_the_engine_did_and_what_went_wrong_lately(tmp_path: Path) -> None:
+    """Which those who watch a run show before it has ended."""
+
+    class Engine:
+        counts = EngineCounts()
+
+    engine, tally = Engine(), Tally(10)
+    one, _ = meter(tally, tmp_path)
+    one.loaded(engine)
+    engine.counts.decode_seconds = 1.5
+    tally.add(answer(7, Fault(Stage.DECODE, "Broken", "no picture")))
+    one.beat()
+    said = heartbeats(tmp_path)[0]
+    assert said["engine"]["decode_seconds"] == 1.5 and said["memory_bytes"] > 1 << 20
+    assert [error[1:] for error in said["newest_errors"]] == [["decode/Broken", "row 7: no picture"]]
 
 
 def test_rank_0_shows_what_all_do(tmp_path: Path) -> None:
