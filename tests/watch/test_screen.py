@@ -204,3 +204,24 @@ def test_a_run_that_cannot_be_read_for_a_while_is_shown_as_it_was(tmp_path: Path
     assert "rows     5 of 12 done" in lines
     away.rename(tmp_path)
     assert not any(line.startswith("problem") for line in seen(observer.look_again(look), 160))
+
+
+def test_error_rows_that_are_asked_again_are_no_end(tmp_path: Path) -> None:
+    plan = finished_run(tmp_path)
+    heartbeat(tmp_path, plan.plan_id, 0)
+    lines = look_at(tmp_path)
+    assert lines[0].endswith("running, 1 min 01 s") and lines[1].endswith("100.0%")
+    assert "left     error rows are asked again, or the workers are ending" in lines
+
+
+def test_the_newest_error_of_any_worker_comes_first(tmp_path: Path) -> None:
+    plan, now = begun(tmp_path), time.time()
+    heartbeat(tmp_path, plan.plan_id, 0, newest_errors=[[now - 50, "read/A", "a"], [now - 5, "read/B", "b"]])
+    heartbeat(tmp_path, plan.plan_id, 1, newest_errors=[[now - 20, "read/C", "c"]], state="done")
+    lines = look_at(tmp_path)
+    at = lines.index("newest errors")
+    assert [line.split("ago")[1].split() for line in lines[at + 1 : at + 4]] == [
+        ["read/B", "b"],
+        ["read/C", "c"],
+        ["read/A", "a"],
+    ]
