@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
@@ -47,7 +48,7 @@ class Screen:
             return console.render_lines(thing, options, pad=False)
 
         look = self.look
-        top = [*lines(self._title()), *lines(_bar(look)), *lines(_facts(look))]
+        top = [*lines(self._title(width)), *lines(_bar(look)), *lines(_facts(look))]
         kinds, workers, newest = _kinds(look), _rows(look), _newest(look)
         # A blank line and a heading for each of the last two, and the names of the columns.
         room = [len(kinds), len(workers) + 3 * bool(workers), len(newest) + 2 * bool(newest)]
@@ -68,11 +69,16 @@ class Screen:
             yield Segment.line()
         yield Text(_HELP, style="dim", no_wrap=True, overflow="ellipsis", end="")
 
-    def _title(self) -> RenderableType:
+    def _title(self, width: int) -> RenderableType:
+        """The folder, of a long one its end, and at the right what the run is at."""
+        state, folder = self._state(), _one_line(self.look.output_dir)
+        room = max(8, width - state.cell_len - 1)
+        if cell_len(folder) > room:
+            folder = "..." + folder[3 - room :]
         title = Table.grid(expand=True, padding=(0, 1))
         title.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         title.add_column(justify="right", no_wrap=True)
-        title.add_row(Text(_one_line(self.look.output_dir), style="bold"), self._state())
+        title.add_row(Text(folder, style="bold"), state)
         return title
 
     def _state(self) -> Text:

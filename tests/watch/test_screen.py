@@ -225,3 +225,11 @@ def test_the_newest_error_of_any_worker_comes_first(tmp_path: Path) -> None:
         ["read/C", "c"],
         ["read/A", "a"],
     ]
+
+
+def test_of_a_long_folder_the_end_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 20) / "captions-of-today"
+    plan = begun(folder)
+    heartbeat(folder, plan.plan_id, 0)
+    title = look_at(folder, 60)[0]
+    assert title.startswith("...") and title.endswith("/captions-of-today running, 1 min 01 s") and len(title) == 60
