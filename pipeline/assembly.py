@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
 from pipeline.tensors.processor import Processor, ProcessorSource
 from pipeline.tensors.shipping import Shipping
+from pipeline.tracking.registry import relays
+from pipeline.tracking.relay import Relay
 from pipeline.vlm.base import Engine, Settle, StopSignal, not_kept
 from pipeline.vlm.generation import effective_settings, log_settings, slots_obstacle
 from pipeline.vlm.identity import ModelIdentity
@@ -83,6 +86,23 @@ def workers(
     shipping = chosen_shipping(config, identity, template)
     options = preparation_options(config, identity, template, plan.fingerprint, plan.created[:10], shipping)
     return preparation_pool(config, options, batcher)
+
+
+def trackers(config: RunConfig, plan: Plan, rank: int) -> Sequence[Relay]:
+    """Who is told what this rank does.
+
+    Raises:
+        UsageError: a tracker cannot work here.
+    """
+    return relays(
+        config.track,
+        config.track_dir,
+        config.prometheus_file,
+        output_dir=config.output_path,
+        plan_id=plan.plan_id,
+        settings=plan.settings,
+        rank=rank,
+    )
 
 
 def preparation_pool(

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.agenda import Agenda
-from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, workers
+from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, trackers, workers
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Inputs
 from pipeline.errors import ErrorBudgetExceeded, Interrupted, RunFailed, UsageError
@@ -86,7 +86,8 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
     make_folders(output_dir)
     inputs = read_inputs(output_dir, plan, address=config.dataset.path)
     template, schema = checked(config, inputs)
-    meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id)
+    relays = trackers(config, plan, rank)
+    meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id, relays=relays)
     attempt_id = f"{rank}-{uuid.uuid4().hex[:12]}"
     engine: Engine | None = None
     parity: ParityCheck | None = None
@@ -129,7 +130,7 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
         try:
             engine = build_engine(config, identity, batcher, stop, settle=KernelChoices(output_dir))
             parity = parity_check(config, engine, batcher, num_records=agenda.num_records(todo))
-            meter.loaded()
+            meter.loaded(engine)
             kept_images = config.dataset.image_column if config.write.keep_images else None
             feed = Feed(plan, config.dataset.open(inputs), goal, ledger, claims, kept_images)
             for tasks in feed.streams(todo):
@@ -151,10 +152,9 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
             try:
                 ledger.close()
             finally:  # what cannot be journalled must not leave a worker that reads as running
-                meter.close()
                 by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
                 compared = parity.report if parity else {}
-                meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
+                meter.end(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
     return True
 
 

@@ -6,12 +6,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.write.claim import is_alive
 from pipeline.write.file import Place
 from pipeline.write.object_store import ObjectPath
+from pipeline.write.seen import SeenFiles
 
 HEARTBEAT_SECONDS = 5.0
 _HEARTBEAT_SECONDS_OF_OBJECTS = 30.0  # each one is a request
@@ -26,15 +27,26 @@ def heartbeat_seconds(stats_dir: Place) -> float:
     return _HEARTBEAT_SECONDS_OF_OBJECTS if isinstance(stats_dir, ObjectPath) else HEARTBEAT_SECONDS
 
 
-def read_worker_stats(stats_dir: Place, plan_id: str) -> Iterator[WorkerStats]:
-    """Of all workers of a plan, dead or alive, in no order; `name` is of this start of a worker alone."""
-    for path in stats_dir.glob("worker-*.json"):
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue  # not ours, or being replaced on a file system that shows it
-        if content.get("plan_id") == plan_id:
-            yield content | {"name": path.stem}
+class WorkerStatsFiles:
+    """The files of all workers of a run; those that have not changed since the last look are not read again."""
+
+    def __init__(self, stats_dir: Place) -> None:
+        self._stats_dir = stats_dir
+        self._seen = SeenFiles(_content)
+
+    def read(self, plan_id: str) -> list[WorkerStats]:
+        """Of all workers of a plan, dead or alive, in no order; `name` is of this start of a worker alone."""
+        found = self._seen.read(self._stats_dir.glob("worker-*.json"))
+        return [content for content in found.values() if content.get("plan_id") == plan_id]
+
+
+def _content(path: Place) -> WorkerStats:
+    """Empty where it is not ours, or being replaced on a file system that shows it."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content | {"name": path.stem} if isinstance(content, dict) else {}
 
 
 def is_running(worker: WorkerStats) -> bool:

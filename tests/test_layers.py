@@ -9,18 +9,19 @@ PIPELINE = Path(__file__).resolve().parents[1] / "pipeline"
 # From the words of the program up to its command line; a module imports from lower layers, a stage from itself too.
 LAYERS = [
     {"records", "redaction", "option"},
-    {"errors", "tally", "shown"},
+    {"errors", "tally", "shown", "pace"},
     {"ranks", "ending"},
     {"cluster", "dataset", "prompt", "tensors", "vlm", "write", "interruption"},
     {"overwrite", "preparation", "kernel_choices", "worker_stats"},
-    {"plan", "meter"},
+    {"plan", "tracking", "other_workers"},
+    {"meter"},
     {"planning", "results", "kept_images"},
     {"source_images"},
     {"agenda", "feed", "intake", "config", "status", "score", "deep_audit", "watchdog", "page"},
     {"assembly", "audit", "report", "card"},
     {"manifest"},
     {"compose", "run"},
-    {"preview", "diff", "ray_data", "export"},
+    {"preview", "diff", "ray_data", "export", "watch"},
     {"commands"},
     {"__main__"},
 ]

@@ -18,6 +18,7 @@ from pipeline import worker_stats
 from pipeline.meter import Meter
 from pipeline.records import Answer, Fault, RecordKey, Stage
 from pipeline.tally import Tally
+from pipeline.vlm.base import EngineCounts
 
 
 def answer(row_index: int, fault: Fault | None = None) -> Answer:
@@ -55,10 +56,26 @@ def test_a_worker_is_heard_of_while_it_loads_and_while_no_answer_comes(tmp_path:
         assert wait_until_updated(tmp_path, first["updated"])["state"] == "loading"
         one.loaded()
         assert wait_until_updated(tmp_path, time.time())["state"] == "running"
-        one.close()
-        one.write("done", {"num_shards_published": 1})
+        one.end("done", {"num_shards_published": 1})
     time.sleep(0.2)
     assert heartbeats(tmp_path)[0]["state"] == "done", "a heartbeat came after the last word"
+
+
+def test_a_heartbeat_says_what_the_engine_did_and_what_went_wrong_lately(tmp_path: Path) -> None:
+    """Which those who watch a run show before it has ended."""
+
+    class Engine:
+        counts = EngineCounts()
+
+    engine, tally = Engine(), Tally(10)
+    one, _ = meter(tally, tmp_path)
+    one.loaded(engine)
+    engine.counts.decode_seconds = 1.5
+    tally.add(answer(7, Fault(Stage.DECODE, "Broken", "no picture")))
+    one.beat()
+    said = heartbeats(tmp_path)[0]
+    assert said["engine"]["decode_seconds"] == 1.5 and said["memory_bytes"] > 1 << 20
+    assert [error[1:] for error in said["newest_errors"]] == [["decode/Broken", "row 7: no picture"]]
 
 
 def test_rank_0_shows_what_all_do(tmp_path: Path) -> None:
@@ -74,12 +91,12 @@ def test_rank_0_shows_what_all_do(tmp_path: Path) -> None:
     one.loaded()
     tally.add(answer(0, Fault(Stage.DECODE, "Broken", "broken")))
     path.write_text(json.dumps(earlier | {"num_answered": 25, "num_errors": 3}))  # 20 since rank 0 began
-    time.sleep(0.06)
+    one.beat()
     one.show()
     line = shown.getvalue().splitlines()[-1]
     assert line.startswith("31 of 100 rows, ") and "3 errors, 2 workers" in line
     path.write_text(json.dumps(earlier | {"num_answered": 500, "state": "done"}))  # some rows were answered twice
-    time.sleep(0.06)
+    one.beat()
     one.show()
     line = shown.getvalue().splitlines()[-1]
     assert line.startswith("100 of 100 rows, ") and "workers" not in line
@@ -89,9 +106,8 @@ def test_other_ranks_show_nothing(tmp_path: Path) -> None:
     one, shown = meter(Tally(10), tmp_path, rank=3)
     one.loaded()
     one.show()
-    one.close()
-    assert shown.getvalue() == "" and heartbeats(tmp_path) == []
-    one.write("done", {})
+    one.end("done", {})
+    assert shown.getvalue() == ""
     assert heartbeats(tmp_path)[0]["rank"] == 3
 
 

@@ -20,7 +20,7 @@ COMMANDS = {
         ),
         Command(
             "status",
-            "how far a run is, from its files alone; watch=true shows it every 5 seconds until it is done",
+            "how far a run is, from its files alone; watch=true shows it live until it is done",
             Keys.OUTPUT_DIR,
         ),
         Command(

@@ -17,6 +17,7 @@ from pipeline.report.report import REPORT_FILE
 from pipeline.run import prepare, run
 from pipeline.shown import shown
 from pipeline.status import phases, progress_line, read_status, status_lines
+from pipeline.tracking.registry import refuse_trackers
 
 Options = None
 
@@ -31,6 +32,7 @@ def launch(config: RunConfig, call: Call, only: Collection[str] | None) -> int:
     only: as pipeline.run.run() takes it.
     """
     output_dir = config.output_path
+    refuse_trackers(config.track, config.track_dir, config.prometheus_file, output_dir)
     started = time.time()
     job = Job(
         partial(prepare, config, only),
