@@ -10,7 +10,7 @@ from pipeline.config import RunConfig
 from pipeline.forecast.fleet import Fleet
 from pipeline.forecast.foreseen import Foreseen, existing_parent
 from pipeline.forecast.interval import Interval, around, relative_error
-from pipeline.forecast.pace import Pace
+from pipeline.forecast.pace import Pace, unsteadiness
 from pipeline.forecast.survey import Survey
 from pipeline.forecast.volume import Volume
 from pipeline.forecast.warm_run import WarmRun
@@ -100,15 +100,14 @@ def estimated(found: Foreseen, warm: WarmRun, expected: Pace, team: Fleet, start
         expected.vision + expected.prefill + expected.other + _decode_seconds(warm, expected, index)
         for index in sorted(warm.indices)
     ]
-    spread = math.hypot(relative_error(per_row, found.num_rows_left), _MACHINE)
-    if expected.decoding is None:
-        spread = math.hypot(spread, _UNCOUNTED)
+    uneven = unsteadiness(warm.steps, expected.decoding.cost) if expected.decoding else _UNCOUNTED
+    spread = math.hypot(relative_error(per_row, found.num_rows_left), _MACHINE, uneven)
     if team.num_here > 1:
         spread = math.hypot(spread, _SHARED)
     elif team.num_workers > 1:
         spread = math.hypot(spread, _ELSEWHERE)
     total = start_seconds + busy
-    relative = math.hypot(busy * spread, start_seconds * _START) / total if total else 0.0
+    relative = math.hypot(busy * spread, start_seconds * math.hypot(_START, uneven)) / total if total else 0.0
     work_rate = own_rows / busy if busy else 0.0
     waiting = phases["waiting for input"]
     tokens = [length.num_tokens for length in warm.all_lengths]

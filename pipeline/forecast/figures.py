@@ -29,6 +29,7 @@ def figures(found: Forecast) -> dict[str, Any]:
         "disk": None,
         "data": _data(found.survey) if found.survey else None,
         "answers": _answers(found, found.warm) if found.warm else None,
+        "load_per_core": found.load,
         "note": found.team.note,
     }
     if estimate is not None:

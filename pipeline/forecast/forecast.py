@@ -21,6 +21,7 @@ from pipeline.forecast.warm_run import WarmRun, pace, warm_run
 from pipeline.plan import read_plan
 from pipeline.planning import Resume
 from pipeline.prompt.template import Template
+from pipeline.ranks import num_own_cores
 from pipeline.records import Answer, RecordKey
 from pipeline.vlm.identity import ModelIdentity, identify, identify_processor
 
@@ -39,6 +40,7 @@ class Forecast:
     disk: Disk | None
     estimate: Estimate | None
     price_per_hour: float | None
+    load: float  # of this machine when it began: what waits to compute, for each core
 
 
 def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
@@ -48,12 +50,13 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
         UsageError, RunFailed: what `run` would raise before its first row; or the model fails its checks.
     """
     options.check()
+    load = os.getloadavg()[0] / num_own_cores()
     team = fleet(config)
     with team.environment():
-        return _forecast(config, options, team)
+        return _forecast(config, options, team, load)
 
 
-def _forecast(config: RunConfig, options: PlanOptions, team: Fleet) -> Forecast:
+def _forecast(config: RunConfig, options: PlanOptions, team: Fleet, load: float) -> Forecast:
     identity: ModelIdentity | None = None
     if options.model:
         identity = identify(config.vlm)
@@ -67,7 +70,7 @@ def _forecast(config: RunConfig, options: PlanOptions, team: Fleet) -> Forecast:
 
     found = foreseen(config, identity, refuse)
     if not found.num_left:
-        return Forecast(config, found, team, None, None, None, None, options.price_per_hour)
+        return Forecast(config, found, team, None, None, None, None, options.price_per_hour, load)
     chosen = sampled_rows(found.ranges, options.sample_rows, config.seed)
     log.info("%s of %s rows are looked at ...", f"{len(chosen):,}", f"{found.num_rows_left:,}")
     until_look = _age_seconds()
@@ -83,7 +86,7 @@ def _forecast(config: RunConfig, options: PlanOptions, team: Fleet) -> Forecast:
         start_seconds = until_look + warm.loading_seconds + warm.starting_seconds
         estimate = estimated(found, warm, expected, team, start_seconds)
     space = disk(config, found, seen, written, team, has_answers=warm is not None)
-    return Forecast(config, found, team, seen, warm, space, estimate, options.price_per_hour)
+    return Forecast(config, found, team, seen, warm, space, estimate, options.price_per_hour, load)
 
 
 def _volume(

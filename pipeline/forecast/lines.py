@@ -13,6 +13,7 @@ from pipeline.meter import duration
 from pipeline.records import FinishReason
 
 _MOST_WARNINGS = 3
+_BUSY = 0.5  # programs that compute beside this one, for each core
 _LEAST_SHARE = 0.01  # of the time, for a phase to be named
 
 
@@ -68,9 +69,7 @@ def _speed(found: Forecast) -> Iterator[str]:
     what = "opened, decoded and encoded" if seen.has_tokens else "opened and decoded"
     if estimate is not None and warm is not None:
         model, given = estimate.model_rows_per_second, estimate.input_rows_per_second
-        yield (
-            f"speed    {_rate(estimate.rows_per_second)} rows/s, {estimate.tokens_per_second:,.0f} tokens/s in all"
-        )
+        yield (f"speed    {_rate(estimate.rows_per_second)} rows/s, {estimate.tokens_per_second:,.0f} tokens/s in all")
         if estimate.limit == "start-up":
             yield "limit    start-up: the rows take less time than loading the model"
         elif estimate.limit == "model":
@@ -135,6 +134,8 @@ def _notes(found: Forecast) -> Iterator[str]:
     assert seen is not None
     if found.team.note:
         yield found.team.note
+    if found.load > _BUSY and warm is not None:
+        yield f"this machine was busy ({found.load:.1f} others for each core): times hold for one that is as busy"
     if warm is None:
         yield "time and price need the model: model=true"
     bad = seen.fault_share.value

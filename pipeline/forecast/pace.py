@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _MAX_SIMULATED = 20_000  # records; more are in proportion to the second half of these
+_NUM_BLOCKS = 8  # of the decode steps, to see how evenly the machine works
 _WINDOW_BATCHES = 8  # as many records are put into order at a time, for each slot or row of a batch
 
 
@@ -64,6 +65,27 @@ def fitted(steps: Sequence[Steps]) -> StepCost:
         as_steps, as_rows = seconds.sum() / counts[:, 0].sum(), seconds.sum() / counts[:, 1].sum()
         per_step, per_row = (0.0, as_rows) if per_step < 0 else (as_steps, 0.0)
     return StepCost(float(per_step), float(per_row))
+
+
+def unsteadiness(steps: Sequence[Steps], cost: StepCost) -> float:
+    """How unevenly the machine worked: the standard deviation, over blocks of steps, of the time taken over the fitted.
+
+    What lasts longer than a block, and comes and goes, is in the time of a long run as well. 0 of too few to tell.
+    """
+    observed = [one for one in steps if one.num_steps]
+    whole = sum(one.seconds for one in observed)
+    ratios: list[float] = []
+    taken = expected = 0.0
+    for one in observed:
+        taken += one.seconds
+        expected += cost.seconds(one.num_steps, one.num_rows)
+        if taken >= whole / _NUM_BLOCKS:
+            ratios.append(taken / expected)
+            taken = expected = 0.0
+    if len(ratios) < _NUM_BLOCKS // 2:
+        return 0.0
+    middle = sum(ratios) / len(ratios)
+    return math.sqrt(sum((ratio / middle - 1) ** 2 for ratio in ratios) / (len(ratios) - 1))
 
 
 @dataclass(frozen=True, slots=True)
