@@ -111,7 +111,7 @@ def estimated(found: Foreseen, warm: WarmRun, expected: Pace, team: Fleet, start
     work_rate = own_rows / busy if busy else 0.0
     waiting = phases["waiting for input"]
     tokens = [length.num_tokens for length in warm.all_lengths]
-    mean_tokens = sum(tokens) / max(1, warm.num_rows)
+    mean_tokens = sum(tokens) / max(1.0, warm.num_rows)
     return Estimate(
         num_workers=team.num_workers,
         accelerators=team.accelerators,

@@ -85,7 +85,7 @@ def _answers(found: Forecast, warm: WarmRun) -> dict[str, Any]:
     lengths = [length.num_tokens for length in warm.all_lengths]
     endings = [answer.finish_reason for answer, _ in warm.answers if answer.finish_reason is not None]
     return {
-        "num_rows_answered": warm.num_rows,
+        "num_rows_answered": len(warm.indices),
         "engine": warm.engine,
         "device": warm.device,
         "rows_at_a_time": warm.num_slots,

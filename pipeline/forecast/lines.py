@@ -118,14 +118,14 @@ def _data(found: Forecast, seen: Survey) -> Iterator[str]:
 def _answers(found: Forecast, warm: WarmRun) -> Iterator[str]:
     lengths = [length.num_tokens for length in warm.all_lengths]
     if not lengths:
-        yield f"answers  none: all of the {warm.num_rows:,} rows that were asked are error rows"
+        yield f"answers  none: all of the {len(warm.indices):,} rows that were asked are error rows"
         return
     average = mean(lengths, found.found.num_left)
     cut = sum(answer.finish_reason is FinishReason.LENGTH for answer, _ in warm.answers)
     limit = found.config.generation.max_new_tokens
     yield (
         f"answers  {_span(average, lambda value: f'{value:.1f}')} tokens, {_range(lengths)}; "
-        f"{cut / len(lengths):.0%} end at their limit (max_new_tokens={limit}); {warm.num_rows:,} rows were answered"
+        f"{cut / len(lengths):.0%} end at their limit (max_new_tokens={limit}); of {len(warm.indices):,} rows"
     )
 
 

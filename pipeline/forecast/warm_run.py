@@ -43,6 +43,7 @@ class WarmRun:
 
     engine: str
     device: str
+    records_per_row: int
     indices: set[int] = field(default_factory=set)  # of the rows
     loading_seconds: float = 0.0  # from when the rows were looked at until the engine was there
     starting_seconds: float = 0.0  # from there to the first round: workers ready, trials, parity check
@@ -60,8 +61,9 @@ class WarmRun:
     answers: list[tuple[Answer, Mapping[str, Any]]] = field(default_factory=list)  # with the columns of their rows
 
     @property
-    def num_rows(self) -> int:
-        return len(self.indices)
+    def num_rows(self) -> float:
+        """Answered, with all that is asked about each; where time was up there is a part of one among them."""
+        return len(self.answers) / self.records_per_row
 
     @property
     def all_lengths(self) -> list[Length]:
@@ -119,9 +121,9 @@ def warm_run(
         engine = build_engine(config, identity, batcher, time_up)
         loaded = time.monotonic()
         parity = parity_check(config, engine, batcher, num_records=found.num_left)
-        warm = WarmRun(engine=config.engine.kind, device=str(engine.numerics.get("device", "")))
-        warm.loading_seconds = loaded - began
         num_records = found.plan.records_per_row
+        warm = WarmRun(config.engine.kind, str(engine.numerics.get("device", "")), num_records)
+        warm.loading_seconds = loaded - began
         rooms = _rooms(survey, config.generation.max_new_tokens)
         sample_bytes = max((one.num_bytes for one in survey.prompts), default=1) or 1
         ahead = max(1, _AHEAD_BYTES // sample_bytes)
@@ -158,8 +160,12 @@ def pace(config: RunConfig, found: Foreseen, survey: Survey, warm: WarmRun, writ
 
     writing: seconds, of a record.
     """
-    num_rows, per_row = max(1, warm.num_rows), found.plan.records_per_row
+    num_rows, per_row = max(1.0, warm.num_rows), found.plan.records_per_row
     lengths = warm.all_lengths
+    if lengths and _as_long_as_allowed(config):  # which is known of all rows that were looked at
+        rooms = _rooms(survey, config.generation.max_new_tokens).values()
+        lengths = [Length(room.max_new_tokens, room.max_new_tokens) for room in rooms] * found.plan.num_samples
+    share_answered = len(warm.all_lengths) / max(1, len(warm.answers))  # error rows take no steps
     decoding = None
     cost = fitted(warm.steps) if any(one.num_steps for one in warm.steps) else StepCost(0.0, 0.0)
     if lengths and (cost.per_step or cost.per_row):
@@ -171,7 +177,6 @@ def pace(config: RunConfig, found: Foreseen, survey: Survey, warm: WarmRun, writ
             in_slots=warm.in_slots,
             waste=max(1.0, computed / warm.num_generated_steps) if warm.num_generated_steps else 1.0,
         )
-    share_answered = len(lengths) / (num_rows * per_row)  # error rows take no steps
     if decoding is not None and share_answered < 1:
         num_none = round(len(lengths) * (1 / share_answered - 1))
         decoding = replace(decoding, lengths=[*lengths, *[Length(1, 1)] * num_none])
@@ -186,6 +191,12 @@ def pace(config: RunConfig, found: Foreseen, survey: Survey, warm: WarmRun, writ
         records_per_row=per_row,
         decoding=decoding,
     )
+
+
+def _as_long_as_allowed(config: RunConfig) -> bool:
+    """Whether every answer goes on to its limit."""
+    generation = config.generation
+    return generation.ignore_eos and not generation.stop and generation.max_repeats is None
 
 
 def _rooms(survey: Survey, max_new_tokens: int) -> dict[tuple[int, str], Room]:
