@@ -56,11 +56,9 @@ class Length:
 def fitted(steps: Sequence[Steps]) -> StepCost:
     """The costs that come nearest to what was measured, none below zero. steps: one at least."""
     observed = [one for one in steps if one.num_steps]
-    # The noise of a sum grows with its parts' number: each is divided by its root.
-    weight = np.array([1 / math.sqrt(one.num_steps) for one in observed])
     counts = np.array([(one.num_steps, one.num_rows) for one in observed], dtype=float)
     seconds = np.array([one.seconds for one in observed])
-    (per_step, per_row), *_ = np.linalg.lstsq(counts * weight[:, None], seconds * weight, rcond=None)
+    (per_step, per_row), *_ = np.linalg.lstsq(counts, seconds, rcond=None)
     if per_step < 0 or per_row < 0:
         as_steps, as_rows = seconds.sum() / counts[:, 0].sum(), seconds.sum() / counts[:, 1].sum()
         per_step, per_row = (0.0, as_rows) if per_step < 0 else (as_steps, 0.0)
@@ -144,8 +142,7 @@ def _slot_steps(windows: Iterator[list[Length]], num_slots: int) -> int:
     """Steps until the last row has left its slot, where a free slot takes the next row at once."""
     free = [0] * num_slots
     for record in itertools.chain.from_iterable(windows):
-        if record.num_tokens > 1:  # the first token comes with the prompt
-            heapq.heapreplace(free, free[0] + record.num_tokens - 1)
+        heapq.heapreplace(free, free[0] + record.num_tokens - 1)  # the first token comes with the prompt
     return max(free)
 
 
