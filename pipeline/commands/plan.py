@@ -20,12 +20,14 @@ def execute(call: Call) -> int:
     from pipeline.forecast.lines import forecast_lines
 
     config = call.composed().config
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         found = forecast(config, call.options)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # below the ^C
         raise Interrupted("Stopped; nothing was written.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if call.options.json:
         print(json.dumps(figures(found), indent=1))
         return 0

@@ -99,10 +99,10 @@ def _data(found: Forecast, seen: Survey) -> Iterator[str]:
     if widths:
         sizes = sorted(zip(widths, heights, strict=True), key=lambda size: size[0] * size[1])
         few, usual, many = sizes[0], sizes[len(sizes) // 2], sizes[-1]
-        kib = sum(row.image_bytes for row in seen.rows) / max(1, len(widths)) / 1024
+        row_bytes = sum(row.image_bytes for row in seen.rows) / len(seen.rows)
         yield (
             f"images   {few[0]} x {few[1]} to {many[0]} x {many[1]} pixels, in the middle {usual[0]} x {usual[1]}; "
-            f"{kib:,.0f} KiB a row"
+            f"{_bytes(row_bytes)} a row"
         )
     tokens = [one.facts.num_prompt_tokens for one in seen.prompts if one.facts.num_prompt_tokens is not None]
     if tokens:
