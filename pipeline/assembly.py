@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 _LONG_RUN = 100  # records; below that the parity check would cost more than it tells
 # Imported once by the fork server: a worker, or its replacement, starts in milliseconds.
-_PRELOAD = (
+PRELOAD = (
     "pipeline.preparation",
     "torch",
     "transformers.processing_utils",
@@ -49,7 +51,7 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
             engine that was asked for.
         RunFailed: it is no image-text-to-text model, or not whole.
     """
-    start_fork_server(_PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
+    start_fork_server(PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
     from pipeline.vlm.load import check_model
 
     if isinstance(config.engine, VllmConfig):
@@ -75,7 +77,7 @@ def refuse_processor(config: RunConfig, identity: ModelIdentity, template: Templ
         UsageError: an option of vlm.processor does not exist.
         RunFailed: the processor cannot be loaded, or prepares no prompt of the run's shape.
     """
-    start_fork_server(_PRELOAD)  # by now, where an old plan is extended
+    start_fork_server(PRELOAD)  # by now, where an old plan is extended
     Processor(preparation_options(config, identity, template, fingerprint="").processor)
 
 
@@ -109,13 +111,24 @@ def preparation_pool(
     config: RunConfig, options: PreparationOptions, batcher: Batcher
 ) -> WorkerPool[Task, list[EncodedSample | Answer]]:
     """Such processes, for whatever rows they are given."""
+    return worker_pool(config, partial(Preparation, options), max_waiting=2 * batcher.num_window_rows)
+
+
+def worker_pool(
+    config: RunConfig,
+    build: Callable[[], Callable[[Task], Result]],
+    *,
+    max_waiting: int,
+    preload: tuple[str, ...] = PRELOAD,
+) -> WorkerPool[Task, Result]:
+    """Processes as many and as bounded as the run's, for whatever is to be made of a row (see WorkerPool)."""
     return WorkerPool(
-        partial(Preparation, options),
-        num_workers=config.engine.num_workers or default_num_workers(),
+        build,
+        num_workers=num_workers(config),
         task_seconds=config.engine.worker_timeout_seconds,
         memory_bytes=config.engine.worker_memory_bytes,
-        max_waiting=2 * batcher.num_window_rows,
-        preload=_PRELOAD,
+        max_waiting=max_waiting,
+        preload=preload,
     )
 
 
@@ -171,6 +184,11 @@ def preparation_options(
         max_new_tokens=config.generation.max_new_tokens,
         max_new_tokens_column=config.generation.max_new_tokens_column,
     )
+
+
+def num_workers(config: RunConfig) -> int:
+    """How many of these processes a worker of the run has."""
+    return config.engine.num_workers or default_num_workers()
 
 
 def default_num_workers() -> int:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.agenda import Agenda
 from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, trackers, workers
@@ -192,9 +192,7 @@ def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Templa
 
     return open_plan(
         config.output_path,
-        answer_settings(config)
-        | effective_settings(config.generation, identity.generation_config).fingerprint
-        | identity.settings,
+        settings_of(config, identity),
         scan=scan,
         max_rows=config.dataset.max_rows,
         shard_rows=config.write.shard_rows,
@@ -202,6 +200,12 @@ def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Templa
         num_samples=config.generation.n,
         resume=config.resume,
     )
+
+
+def settings_of(config: RunConfig, identity: ModelIdentity) -> dict[str, Any]:
+    """Everything that changes answers, the source's identity aside: what a start compares with the folder's plan."""
+    generation = effective_settings(config.generation, identity.generation_config)
+    return answer_settings(config) | generation.fingerprint | identity.settings
 
 
 def scanned(config: RunConfig) -> Inputs:

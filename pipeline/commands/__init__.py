@@ -19,6 +19,11 @@ COMMANDS = {
             Keys.ALL,
         ),
         Command(
+            "plan",
+            "what a run will take and cost, from a look at some of its rows; writes nothing",
+            Keys.ALL,
+        ),
+        Command(
             "status",
             "how far a run is, from its files alone; watch=true shows it live until it is done",
             Keys.OUTPUT_DIR,
