@@ -22,6 +22,7 @@ from pipeline.option import is_speed_only, option, range_problem
 from pipeline.planning import Resume
 from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
 from pipeline.redaction import is_secret_key, secret_parameter, secret_variables, without_credentials
+from pipeline.vlm.constraint import schema_text
 from pipeline.vlm.options import (
     AutoConfig,
     EngineConfig,
@@ -181,6 +182,7 @@ def answer_settings(config: RunConfig) -> dict[str, Any]:
     settings["dataset.kind"] = config.dataset.kind
     settings["generation.kind"] = config.generation.kind
     settings["prompt.chat_template"] = config.prompt.chat_template_text()
+    settings["generation.json_schema"] = schema_text(config.generation)
     if not isinstance(config.generation, SampleConfig):
         del settings["seed"]
     return settings
