@@ -33,15 +33,21 @@ _WHOLES = ("anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas")
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """Of a run. `schema` or `pattern` is set, or neither: then each row has choices of its own."""
+    """Of a run. One of the three is set, or none: then each row has choices of its own."""
 
     key: str  # the configuration key that it comes from
     schema: str | None = None  # JSON Schema as JSON text
     pattern: str | None = None  # regular expression for the whole answer
+    choices: tuple[str, ...] = ()
 
     @property
     def is_json(self) -> bool:
         return self.schema is not None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all rows have the same."""
+        return self.is_json or self.pattern is not None or bool(self.choices)
 
 
 def is_constrained(settings: Mapping[str, Any]) -> bool:
@@ -72,7 +78,7 @@ def constraint_of(options: GenerationConfig) -> Constraint | None:
     if options.choices is not None:
         if problem := choices_problem(options.choices):
             raise UsageError(f"{key}={options.choices}: {problem}.")
-        return Constraint(key, pattern=pattern_of(options.choices))
+        return Constraint(key, choices=tuple(options.choices))
     return Constraint(key)
 
 

@@ -46,7 +46,7 @@ def rule_of(constraint: Constraint, choices: Sequence[str] = ()) -> str:
     """
     if constraint.schema is not None:
         return _rule_of_schema(constraint.schema)
-    pattern = pattern_of(choices) if constraint.pattern is None else constraint.pattern
+    pattern = pattern_of(choices or constraint.choices) if constraint.pattern is None else constraint.pattern
     in_slashes: str = _library().regex_to_lark(pattern, "d")  # \d means 0 to 9
     return f"start: / ?(?:{in_slashes})/"
 
@@ -57,12 +57,22 @@ def check_constraint(constraint: Constraint) -> None:
     Raises:
         UsageError: naming the key and the place; or llguidance is not installed.
     """
-    if (problem := _compile_problem(rule_of(constraint, ["any"]))) is None:
+    if {"True", "False"} & set(constraint.choices):
+        log.warning(
+            "%s=%s: a YAML file reads yes, no, true and false as True and False unless they stand in quotes",
+            constraint.key,
+            list(constraint.choices),
+        )
+    if not constraint.is_shared:
+        _library()
+        return
+    if (problem := _compile_problem(rule_of(constraint))) is None:
         return
     if constraint.schema is None:
+        reason = re.split(r"error: | \(in regex\): ", problem)[-1].partition("; ")[0]
         raise UsageError(
-            f"{constraint.key} cannot be compiled: {problem.rpartition('error: ')[2]}. Expected a regular expression "
-            "in the syntax of Rust that the whole answer matches: without ^, $ and look-arounds."
+            f"{constraint.key}={constraint.pattern or list(constraint.choices)} cannot be compiled: {reason}. Expected "
+            "a regular expression in the syntax of Rust that the whole answer matches: without ^, $ and look-arounds."
         )
     place = ""
     for pointer, part in parts_of(json.loads(constraint.schema)):  # the innermost one with the same problem
@@ -130,8 +140,7 @@ class Grammar:
         self._first = lru_cache(_NUM_ROW_RULES)(
             lambda choices: library.LLMatcher(self._tokenizer, rule_of(constraint, choices), log_level=0)
         )
-        shared = constraint.pattern is not None or constraint.schema is not None  # by all rows
-        if shared and (problem := self._first(()).get_error()):
+        if constraint.is_shared and (problem := self._first(()).get_error()):
             raise RunFailed(f"{constraint.key} cannot be compiled for this model's tokens: {_first_part(problem)}")
         self._num_words = (self._tokenizer.vocab_size + 31) // 32
         seconds = time.perf_counter() - began
@@ -179,7 +188,12 @@ def _unpacked(mask_BW: np.ndarray[Any, Any], logits_BV: torch.Tensor) -> torch.T
         unpacked = np.unpackbits(mask_BW.view(np.uint8), axis=1, count=num_tokens, bitorder="little")
         return torch.from_numpy(unpacked).view(torch.bool)
     words_BW = torch.from_numpy(mask_BW)
-    words_BW = (words_BW.pin_memory() if logits_BV.is_cuda else words_BW).to(logits_BV.device, non_blocking=True)
+    words_BW = words_BW.pin_memory() if logits_BV.is_cuda else words_BW
+    return unpacked_on_device(words_BW.to(logits_BV.device, non_blocking=True), num_tokens)
+
+
+def unpacked_on_device(words_BW: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The same where the bits lie."""
     bits_BW32 = (words_BW[:, :, None] >> torch.arange(32, device=words_BW.device, dtype=torch.int32)) & 1
     bits_BV = bits_BW32.flatten(1)[:, :num_tokens].bool()
     return torch.nn.functional.pad(bits_BV, (0, num_tokens - bits_BV.shape[1]))
