@@ -1,4 +1,4 @@
-"""Constrained answers from the command line: their columns, what is refused, and that a run with them is a run as any."""
+"""Constrained answers from the command line: their columns, what is refused, and a run with them is a run as any."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def source(folder: Path, *tasks: str, count: int = 60) -> list[str]:
         "dataset=parquet",
         "dataset.path=questions.parquet",
         "dataset.image_column=images",
+        "dataset.id_column=id",
         "prompt.user={{question}}",
     ]
 
@@ -46,6 +47,7 @@ def answers(output_dir: Path) -> pa.Table:
     return pq.read_table(output_dir / "data")
 
 
+@pytest.mark.slow
 def test_choices_keep_or_raise_accuracy_and_cost_a_token(vlm_batch: CommandLine, tmp_path: Path) -> None:
     words = source(tmp_path, "first", "last", "largest", "count")
     vlm_batch("run", *words, "output_dir=free")
@@ -68,6 +70,7 @@ def test_choices_keep_or_raise_accuracy_and_cost_a_token(vlm_batch: CommandLine,
     assert results.names["parse_ok"] == "parse_ok" and "response_json" not in results.input_columns
 
 
+@pytest.mark.slow
 def test_a_file_with_a_schema_is_read_once_and_its_content_is_in_the_plan(
     vlm_batch: CommandLine, tmp_path: Path
 ) -> None:
@@ -99,14 +102,19 @@ def test_a_file_with_a_schema_is_read_once_and_its_content_is_in_the_plan(
     assert "generation.json_schema" in refused.stderr and "other settings" in refused.stderr
 
 
-def test_error_rows_of_a_constrained_run_are_asked_again(vlm_batch: CommandLine, tmp_path: Path) -> None:
+def with_errors(tmp_path: Path) -> list[str]:
+    """A run in which two rows have no choices to choose from."""
     words = [*source(tmp_path, "same_number", "first", count=20), "generation.choices_column=options", "output_dir=out"]
     table = pq.read_table(tmp_path / "questions.parquet")
     options = table["options"].to_pylist()
     broken = [["a", "a"] if row == 3 else None if row == 5 else kept for row, kept in enumerate(options)]
     place = table.schema.names.index("options")
     pq.write_table(table.set_column(place, "options", pa.array(broken)), tmp_path / "questions.parquet")
-    vlm_batch("run", *words, "max_error_rate=null")
+    return [*words, "max_error_rate=null"]
+
+
+def test_a_run_with_choices_of_each_row(vlm_batch: CommandLine, tmp_path: Path) -> None:
+    vlm_batch("run", *with_errors(tmp_path))
     first = answers(tmp_path / "out")
     errors = first.filter(pc.equal(first["status"], "error"))
     assert errors["row_index"].to_pylist() == [3, 5]
@@ -114,8 +122,18 @@ def test_error_rows_of_a_constrained_run_are_asked_again(vlm_batch: CommandLine,
     assert "options is ['a', 'a']: a text stands there twice" in errors["error_message"].to_pylist()
     assert errors["parse_ok"].to_pylist() == errors["response_json"].to_pylist() == [None, None]
     kept = first.filter(pc.equal(first["status"], "ok")).to_pylist()
-    assert all(row["response"] in row["options"] and row["parse_ok"] for row in kept)
-    vlm_batch("retry", *words, "max_error_rate=null")
+    assert len(kept) == 18 and all(row["response"] in row["options"] and row["parse_ok"] for row in kept)
+    assert all(row["response_json"] == json.dumps(row["response"]) for row in kept)
+    assert "passed" in vlm_batch("audit", "output_dir=out").stdout
+
+
+@pytest.mark.slow
+def test_error_rows_of_a_constrained_run_are_asked_again(vlm_batch: CommandLine, tmp_path: Path) -> None:
+    words = with_errors(tmp_path)
+    vlm_batch("run", *words)
+    first = answers(tmp_path / "out")
+    kept = first.filter(pc.equal(first["status"], "ok")).to_pylist()
+    vlm_batch("retry", *words)
     again = answers(tmp_path / "out")
     assert again.schema.equals(first.schema)
     assert again.filter(pc.equal(again["status"], "ok")).to_pylist() == kept
@@ -123,6 +141,7 @@ def test_error_rows_of_a_constrained_run_are_asked_again(vlm_batch: CommandLine,
     assert "passed" in vlm_batch("audit", "output_dir=out").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -139,6 +158,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert "loading the model" not in refused.stderr and not (tmp_path / "out" / "plan.json").exists()
 
 
+@pytest.mark.slow
 def test_a_preview_says_what_it_parsed(vlm_batch: CommandLine, tmp_path: Path) -> None:
     shown = vlm_batch("preview", *source(tmp_path, "first", count=2), "rows=[0]", *DIGIT).stdout
     (parsed,) = [line for line in shown.splitlines() if line.startswith("parsed")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_static import Stop
 from tiny_models import EOS, PAD, family, samples, stream
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UsageError
@@ -102,15 +102,39 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return found
 
 
-def parts(options: GenerationConfig, sampling: SamplingSettings = GREEDY, **ends: Any) -> dict[str, Any]:
+@cache
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As those of Llama 2 and Mistral: blanks are parts of tokens, and each byte has a token to fall back to."""
+    vocabulary = {"<unk>": PAD, "<s>": 1, "</s>": EOS} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for text in ["\u2581", *'{}":,[]01789yesno', "ye", "yes", "\u2581yes", '{"', '\u2581{"', '":']:
+        vocabulary[text] = len(vocabulary)
+    merges = [("y", "e"), ("ye", "s"), ("\u2581", "yes"), ("{", '"'), ("\u2581", '{"'), ('"', ":")]
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(text, special=True) for text in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+def parts(
+    options: GenerationConfig,
+    sampling: SamplingSettings = GREEDY,
+    *,
+    tokens: Callable[[], PreTrainedTokenizerFast] = tokenizer,
+    **ends: Any,
+) -> dict[str, Any]:
     """What an engine is given of an answer's form."""
     constraint = constraint_of(options)
     assert constraint is not None
     rules: dict[str, Any] = {"eos_ids": [EOS], "stop": (), "ignore_eos": False} | ends
     return {
         "sampler": Sampler(sampling, seed=7),
-        "ending": Ending(tokenizer(), **rules, form=AnswerForm(constraint)),
-        "grammar": Grammar(constraint, tokenizer(), rules["eos_ids"], num_threads=2),
+        "ending": Ending(tokens(), **rules, form=AnswerForm(constraint)),
+        "grammar": Grammar(constraint, tokens(), rules["eos_ids"], num_threads=2),
         "stop": Stop(),
     }
 
@@ -170,7 +194,7 @@ def drawn(options: GenerationConfig, *, rows: int = 2, cap: int = 1500, seed: in
     generations = [Generation(sample_of(row), cap) for row in range(rows)]
     while not all(row.done for row in generations):
         logits_BV = torch.from_numpy(random.random((rows, NUM_TOKENS), dtype=np.float32))
-        logits_BV[:, len(tokenizer()) :] = 9
+        logits_BV[:, 294:] = 9  # neither tokenizer has as many
         choose(generations, logits_BV, None)
     assert all(row.matcher is None for row in generations)
     return [given["ending"].answer(row) for row in generations]
@@ -280,6 +304,15 @@ def test_an_answer_that_is_whole_at_its_cap_is_no_cut_one() -> None:
     answers = drawn(GreedyConfig(choices=["a", "b"]), rows=20, cap=1)
     whole = [answer for answer in answers if answer.parse_ok]
     assert whole and all(answer.finish_reason is FinishReason.STOP for answer in whole)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tokenizer_of_sentencepiece_gives_its_blanks_and_bytes(form: str) -> None:
+    answers = drawn(FORMS[form], rows=20, tokens=sentencepiece_tokenizer)
+    for answer in answers:
+        assert answer.parse_ok, (answer.response, answer.fault)
+        check_form(answer, FORMS[form])
+    assert len({answer.response for answer in answers}) > 3
 
 
 def test_rows_have_choices_of_their_own() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from types import ModuleType, SimpleNamespace
@@ -25,8 +26,9 @@ from pipeline.errors import Interrupted, RunFailed, UsageError
 from pipeline.records import EncodedSample, FinishReason, Stage
 from pipeline.vlm import vllm_load
 from pipeline.vlm.answer import Ending
+from pipeline.vlm.constraint import Constraint, constraint_of
 from pipeline.vlm.generation import GenerationSettings, SamplingSettings
-from pipeline.vlm.options import Attention, DeviceMap, Quantization, VllmConfig, VlmConfig
+from pipeline.vlm.options import Attention, DeviceMap, GreedyConfig, Quantization, VllmConfig, VlmConfig
 from pipeline.vlm.vllm_engine import Running, VllmEngine
 from pipeline.vlm.vllm_load import check_vllm
 from pipeline.vlm.vllm_process import RUN_PROCESS
@@ -84,7 +86,7 @@ def vllm_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = SimpleNamespace(DELTA="delta", FINAL_ONLY="final")
     contents: dict[str, dict[str, Any]] = {
         "vllm": {"SamplingParams": SimpleNamespace},
-        "vllm.sampling_params": {"RequestOutputKind": kinds},
+        "vllm.sampling_params": {"RequestOutputKind": kinds, "StructuredOutputsParams": SimpleNamespace},
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.exceptions": {"EngineDeadError": EngineDeadError},
@@ -103,6 +105,7 @@ def engine_around(
     stop: Any = None,
     rows: int = 2,
     stop_strings: tuple[str, ...] = (),
+    constraint: Constraint | None = None,
 ) -> VllmEngine:
     running = [Running(each, SimpleNamespace(of=lambda sample: sample)) for each in [llm, *(starts or [])]]  # type: ignore[arg-type]
     return VllmEngine(
@@ -116,6 +119,7 @@ def engine_around(
         max_batch_rows=rows,
         stop=stop or SimpleNamespace(requested=False, expired=False),
         numerics={"engine": "vllm", "dtype": "float32"},
+        constraint=constraint,
     )
 
 
@@ -216,6 +220,20 @@ def test_a_killed_process_is_noticed_though_vllm_would_wait_forever() -> None:
         outputs_queue=Queue(), resources=SimpleNamespace(engine_dead=True), shutdown=lambda: None
     )
     assert len(list(engine_around(llm, starts=[next_llm]).answers(iter(samples("llava", 3))))) == 3
+
+
+def test_a_request_carries_the_rule_of_its_rows_answer() -> None:
+    llm = Vllm()
+    constraint = constraint_of(GreedyConfig(choices_column="options"))
+    given = [replace(one, choices=(f"w{number}", "w1")) for number, one in enumerate(samples("llava", 2))]
+    list(engine_around(llm, constraint=constraint).answers(iter(given)))
+    assert [one.structured_outputs.grammar for one in llm.parameters] == [
+        "start: / ?(?:w0|w1)/",
+        "start: / ?(?:w1|w1)/",
+    ]
+    free = Vllm()
+    list(engine_around(free).answers(iter(given)))
+    assert not any(hasattr(one, "structured_outputs") for one in free.parameters)
 
 
 def test_after_a_stop_request_what_is_in_flight_is_finished_and_nothing_more_is_begun() -> None:
@@ -319,6 +337,34 @@ def save_llava(folder: Path) -> Path:
 def rows_of(output_dir: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(output_dir / "data" / "part-00000.parquet").to_pylist()
     return rows
+
+
+@pytest.mark.slow
+def test_choices_are_obeyed_by_vllm_as_by_static(tmp_path: Path) -> None:
+    if not PYTHON.exists():
+        pytest.skip("vLLM is not installed: make vllm")
+    random = np.random.default_rng(0)
+    lines = ["picture,question"]
+    for number in range(8):
+        Image.fromarray(random.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{' '.join(f'w{word}' for word in random.integers(5, 300, 4))}")
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    common = (
+        *("run", "vlm=auto", f"vlm.path={save_llava(tmp_path / 'model')}", "dataset=jsonl"),
+        *(f"dataset.path={tmp_path / 'rows.csv'}", "dataset.image_column=picture", "prompt.user={{question}}"),
+        *(
+            "generation.max_new_tokens=6",
+            "engine.num_workers=1",
+            f"generation.choices={[f'w{n}' for n in range(20, 60)]}",
+        ),
+    )
+    in_vllm(*common, f"output_dir={tmp_path / 'static'}", "engine=static")
+    in_vllm(*common, f"output_dir={tmp_path / 'vllm'}", "engine=vllm", "engine.enforce_eager=true")
+    rows, expected = rows_of(tmp_path / "vllm"), rows_of(tmp_path / "static")
+    assert all(row["parse_ok"] and row["finish_reason"] == "stop" for row in rows)
+    for row, other in zip(rows, expected, strict=True):  # vLLM takes the end token
+        assert {name for name in row if row[name] != other[name]} <= {"run_id", "num_generated_tokens"}
+    assert len({row["response"] for row in rows}) > 2
 
 
 @pytest.mark.slow
