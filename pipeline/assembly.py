@@ -80,9 +80,9 @@ def refuse_processor(config: RunConfig, identity: ModelIdentity, template: Templ
     start_fork_server(_PRELOAD)  # by now, where an old plan is extended
     processor = Processor(preparation_options(config, identity, template, fingerprint="").processor)
     if constraint := constraint_of(config.generation):
-        from pipeline.vlm.grammar import check_tokenizer
+        from pipeline.vlm.grammar import token_table
 
-        check_tokenizer(constraint, processor.tokenizer)
+        token_table(constraint, processor.tokenizer)
 
 
 def workers(
@@ -187,19 +187,20 @@ def build_engine(
     from pipeline.vlm.slots.engine import SlotsEngine
     from pipeline.vlm.static import StaticEngine
 
+    constraint = constraint_of(config.generation)
+    form = None if constraint is None else AnswerForm(constraint)  # refuses what is missing before a model is loaded
     loaded = load_model(config.vlm, identity, num_threads=num_own_cores())
     batcher.pad_id, batcher.replay = loaded.pad_id, PixelReplay(loaded.device)
     generation = config.generation
     settings = effective_settings(generation, identity.generation_config)
     log_settings(settings, identity.generation_config)
-    constraint = constraint_of(generation)
     ending = Ending(
         loaded.tokenizer,
         eos_ids=loaded.eos_ids,
         stop=generation.stop,
         ignore_eos=generation.ignore_eos,
         max_repeats=generation.max_repeats,
-        form=None if constraint is None else AnswerForm(constraint),
+        form=form,
     )
     grammar = None
     if constraint is not None:

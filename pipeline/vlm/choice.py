@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,11 @@ class TokenChoice:
     def needs_history(self) -> bool:
         """Whether the tokens that a row has had matter."""
         return self._sampler.needs_history
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """What beside the model may differ between two runs."""
+        return {} if self._grammar is None else self._grammar.numerics
 
     @property
     def needs_tokens(self) -> bool:

@@ -216,6 +216,12 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
                 "is transformers' own. Set generation.extra.num_beams=1, or leave the key out."
             )
         processors |= search
+    if constraint is not None and "forced_bos_token_id" in processors:
+        raise UsageError(
+            f"{constraint.key} says how an answer begins, and so does forced_bos_token_id="
+            f"{processors['forced_bos_token_id']} (of generation.extra, or of the checkpoint's generation_config.json). "
+            "Set generation.extra.forced_bos_token_id=null to go without the latter."
+        )
     penalty = float(value("repetition_penalty", 1.0))
     if samples:
         sampling = SamplingSettings(

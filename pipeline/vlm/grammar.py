@@ -14,11 +14,12 @@ Shapes: B rows in the batch, V tokens of the vocabulary, W words of 32 bits, one
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -81,19 +82,25 @@ def check_constraint(constraint: Constraint) -> None:
     raise UsageError(f"{constraint.key} cannot be compiled: {problem}, at #{place}.")
 
 
-def check_tokenizer(constraint: Constraint, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose tokens cannot be read.
+def token_table(constraint: Constraint, tokenizer: Any, eos_ids: Collection[int] = ()) -> Any:
+    """What llguidance has to know of a tokenizer's tokens; some tenths of a second for 128,000 of them.
+
+    eos_ids: tokens that end an answer; none = the tokenizer's own.
 
     Raises:
-        UsageError: it is not one of the package tokenizers.
+        UsageError: it cannot tell the text of the tokens.
     """
-    from transformers import PreTrainedTokenizerFast
+    _library()
+    from llguidance.hf import from_tokenizer
 
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    try:
+        return from_tokenizer(tokenizer, n_vocab=len(tokenizer), eos_token=sorted(eos_ids) or None)
+    except ValueError as problem:
         raise UsageError(
-            f"{constraint.key} needs a tokenizer of the package tokenizers (a tokenizer.json beside the model); the "
-            f"model has a {type(tokenizer).__name__}, which is in Python. Leave the key out, or convert the tokenizer."
-        )
+            f"{constraint.key} needs a tokenizer of bytes or of sentencepiece, in the form of the package tokenizers "
+            f"(tokenizer.json); this model's is a {type(tokenizer).__name__}: {_first_part(str(problem))}. Leave "
+            f"{constraint.key} out, or take another model."
+        ) from None
 
 
 class AnswerForm:
@@ -130,12 +137,9 @@ class Grammar:
     """
 
     def __init__(self, constraint: Constraint, tokenizer: Any, eos_ids: Collection[int], *, num_threads: int) -> None:
-        check_tokenizer(constraint, tokenizer)
         began = time.perf_counter()
         library = _library()
-        from llguidance.hf import from_tokenizer
-
-        self._tokenizer = from_tokenizer(tokenizer, n_vocab=len(tokenizer), eos_token=sorted(eos_ids) or None)
+        self._tokenizer = token_table(constraint, tokenizer, eos_ids)
         self._executor = library.LLExecutor(min(_MAX_THREADS, max(1, num_threads)))
         self._first = lru_cache(_NUM_ROW_RULES)(
             lambda choices: library.LLMatcher(self._tokenizer, rule_of(constraint, choices), log_level=0)
@@ -146,6 +150,11 @@ class Grammar:
         seconds = time.perf_counter() - began
         if seconds > 1:
             log.info("%s: the tokenizer of %d tokens was read in %.1f s", constraint.key, len(tokenizer), seconds)
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """Another version may allow other tokens: recorded in each shard."""
+        return {"llguidance": importlib.metadata.version("llguidance")}
 
     def allowed(self, rows: Sequence[Generation], logits_BV: torch.Tensor) -> torch.Tensor:
         """The tokens that may come next, bool [B, V] on the device of the logits; all of them for a row that has ended.

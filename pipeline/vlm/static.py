@@ -78,7 +78,7 @@ class StaticEngine:
 
     @property
     def numerics(self) -> Mapping[str, str]:
-        return {"engine": "static"} | self._loaded.numerics
+        return {"engine": "static", **self._choose.numerics, **self._loaded.numerics}
 
     def answers(self, samples: Iterator[EncodedSample]) -> Iterator[Answer]:
         """One answer for each sample. After a stop request no further batch begins.

@@ -16,7 +16,7 @@ from pipeline.vlm.answer import Ending
 from pipeline.vlm.base import StopSignal
 from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.generation import GenerationSettings, effective_settings, log_settings
-from pipeline.vlm.grammar import AnswerForm, check_tokenizer
+from pipeline.vlm.grammar import AnswerForm, token_table
 from pipeline.vlm.identity import ModelIdentity
 from pipeline.vlm.options import Attention, GenerationConfig, Quantization, VllmConfig, VlmConfig
 from pipeline.vlm.vllm_engine import Running, VllmEngine, one_line
@@ -91,6 +91,8 @@ def load_vllm_engine(
     settings = effective_settings(generation, identity.generation_config)
     log_settings(settings, identity.generation_config)
     check_vllm(engine, vlm, settings)
+    constraint = constraint_of(generation)
+    form = None if constraint is None else AnswerForm(constraint)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ[RUN_PROCESS] = str(os.getpid())
@@ -116,9 +118,8 @@ def load_vllm_engine(
             raise RunFailed(f"vLLM cannot load the model in {identity.folder}: {said}") from problem
 
     processor, tokenizer, eos_ids = _of_folder(vlm, identity)
-    constraint = constraint_of(generation)
     if constraint is not None:
-        check_tokenizer(constraint, tokenizer)
+        token_table(constraint, tokenizer)
         # vLLM lets the tokenizer's own end token stand where an answer is complete, and no other.
         eos_ids = tuple({*eos_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
     running = start()
@@ -131,7 +132,7 @@ def load_vllm_engine(
             eos_ids=eos_ids,
             stop=generation.stop,
             ignore_eos=generation.ignore_eos,
-            form=None if constraint is None else AnswerForm(constraint),
+            form=form,
         ),
         settings=settings,
         stop_strings=generation.stop,

@@ -42,6 +42,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
         ({"json_schema": "{"}, "generation.json_schema is no JSON: .*line 1 column 2"),
         ({"json_schema": "/dev/zero"}, "no regular file"),
         ({"json_schema": '{"type": "object"}', "extra": {"num_beams": 2}}, r"search over beams \(num_beams=2\)"),
+        ({"choices": ["a"], "extra": {"forced_bos_token_id": 5}}, "and so does forced_bos_token_id=5"),
     ],
 )
 def test_what_has_no_meaning_is_refused_with_its_key(options: dict[str, Any], said: str) -> None:

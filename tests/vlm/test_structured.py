@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_static import Stop
 from tiny_models import EOS, PAD, family, samples, stream
+from tiny_models import tokenizer as words_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +28,7 @@ from pipeline.vlm.answer import Ending, Generation
 from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.generation import GenerationSettings, SamplingSettings
-from pipeline.vlm.grammar import AnswerForm, Grammar, check_constraint, check_tokenizer, unpacked_on_device
+from pipeline.vlm.grammar import AnswerForm, Grammar, check_constraint, token_table, unpacked_on_device
 from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.options import GenerationConfig, GreedyConfig, SlotsConfig
 from pipeline.vlm.sampling import Sampler
@@ -336,11 +337,19 @@ def test_bits_are_unpacked_on_a_device_as_on_the_host() -> None:
         assert np.array_equal(found.numpy(), truth), num_tokens
 
 
-def test_a_tokenizer_in_python_is_refused() -> None:
+class Wordy:
+    """A tokenizer in Python."""
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(Wordy, "a Wordy: Only fast"), (words_tokenizer, "decoder type: None")])
+def test_a_tokenizer_whose_tokens_have_no_text_of_their_own_is_refused(tokens: Callable[[], Any], said: str) -> None:
     constraint = constraint_of(FORMS["choices"])
     assert constraint is not None
-    with pytest.raises(UsageError, match=r"generation.choices needs a tokenizer of the package tokenizers.*object"):
-        check_tokenizer(constraint, object())
+    with pytest.raises(UsageError, match=f"generation.choices needs a tokenizer of bytes or of sentencepiece.*{said}"):
+        token_table(constraint, tokens())
 
 
 # With models ----------------------------------------------------------------------------------------------------------
@@ -365,7 +374,7 @@ def test_alone_and_in_batches_both_engines_give_the_same_answers(form: str, samp
     assert isinstance(slots, SlotsEngine)
     slots.fit.reads_late = True  # as on a GPU: a mask needs the token before it, and is not late
     assert answers_of(slots, given) == alone
-    assert slots.numerics["engine"] == "slots"
+    assert slots.numerics["engine"] == "slots" and slots.numerics["llguidance"][0].isdigit()
 
 
 def test_samples_of_a_row_differ_and_each_is_of_the_form() -> None:

@@ -20,7 +20,7 @@ from command_line import CHECKOUT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS, samples, tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.errors import Interrupted, RunFailed, UsageError
 from pipeline.records import EncodedSample, FinishReason, Stage
@@ -295,8 +295,11 @@ def in_vllm(*words: str, code: int = 0) -> None:
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
 
 
-def save_llava(folder: Path) -> Path:
-    """A LLaVA of random weights, under the names of weights that vLLM knows (those of transformers 4)."""
+def save_llava(folder: Path, *, of_bytes: bool = False) -> Path:
+    """A LLaVA of random weights, under the names of weights that vLLM knows (those of transformers 4).
+
+    of_bytes: its tokens are bytes, not words.
+    """
     vision = transformers.CLIPVisionConfig(
         **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
         **{"image_size": 28, "patch_size": 14, "projection_dim": 32},
@@ -315,6 +318,12 @@ def save_llava(folder: Path) -> Path:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4} | {f"w{n}": n for n in range(5, 300)}
     splitter = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if of_bytes:
+        special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4}
+        letters = {letter: 5 + n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        splitter = Tokenizer(models.BPE(vocab=special | letters, merges=[]))
+        splitter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        splitter.decoder = decoders.ByteLevel()
     splitter.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>", "<image>"])
     own = transformers.PreTrainedTokenizerFast(
         tokenizer_object=splitter, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -347,10 +356,10 @@ def test_choices_are_obeyed_by_vllm_as_by_static(tmp_path: Path) -> None:
     lines = ["picture,question"]
     for number in range(8):
         Image.fromarray(random.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-        lines.append(f"{number}.png,{' '.join(f'w{word}' for word in random.integers(5, 300, 4))}")
+        lines.append(f"{number}.png,{' '.join(f'w{word}' for word in random.integers(5, 300, 2))}")
     (tmp_path / "rows.csv").write_text("\n".join(lines))
     common = (
-        *("run", "vlm=auto", f"vlm.path={save_llava(tmp_path / 'model')}", "dataset=jsonl"),
+        *("run", "vlm=auto", f"vlm.path={save_llava(tmp_path / 'model', of_bytes=True)}", "dataset=jsonl"),
         *(f"dataset.path={tmp_path / 'rows.csv'}", "dataset.image_column=picture", "prompt.user={{question}}"),
         *(
             "generation.max_new_tokens=6",

@@ -104,7 +104,7 @@ class SlotsEngine:
     def numerics(self) -> Mapping[str, str]:
         if self.fit.serves_nothing:
             return self._static.numerics
-        return {"engine": "slots", **self.fit.numerics, **self._loaded.numerics}
+        return {"engine": "slots", **self.fit.numerics, **self._choose.numerics, **self._loaded.numerics}
 
     @property
     def dtype(self) -> str:
