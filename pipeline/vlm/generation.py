@@ -218,9 +218,9 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
         processors |= search
     if constraint is not None and "forced_bos_token_id" in processors:
         raise UsageError(
-            f"{constraint.key} says how an answer begins, and so does forced_bos_token_id="
-            f"{processors['forced_bos_token_id']} (of generation.extra, or of the checkpoint's generation_config.json). "
-            "Set generation.extra.forced_bos_token_id=null to go without the latter."
+            f"{constraint.key} says how an answer begins, and so does "
+            f"forced_bos_token_id={processors['forced_bos_token_id']} (of generation.extra, or of the checkpoint's "
+            "generation_config.json). Set generation.extra.forced_bos_token_id=null to go without the latter."
         )
     penalty = float(value("repetition_penalty", 1.0))
     if samples:
