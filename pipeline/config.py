@@ -23,6 +23,7 @@ from pipeline.planning import Resume
 from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
 from pipeline.redaction import is_secret_key, secret_parameter, secret_variables, without_credentials
 from pipeline.tracking.registry import Track
+from pipeline.vlm.constraint import schema_text
 from pipeline.vlm.options import (
     AutoConfig,
     EngineConfig,
@@ -195,6 +196,7 @@ def answer_settings(config: RunConfig) -> dict[str, Any]:
     settings["dataset.kind"] = config.dataset.kind
     settings["generation.kind"] = config.generation.kind
     settings["prompt.chat_template"] = config.prompt.chat_template_text()
+    settings["generation.json_schema"] = schema_text(config.generation)
     if not isinstance(config.generation, SampleConfig):
         del settings["seed"]
     return settings

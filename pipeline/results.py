@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from pipeline.errors import RunFailed, UsageError
 from pipeline.plan import Plan, plan_of_run, read_plan
 from pipeline.write.file import Place, matching, open_read, place
-from pipeline.write.schema import ANSWER_FIELDS, PLAN_FIELDS, ShardSummary
+from pipeline.write.schema import ANSWER_FIELDS, FORM_FIELDS, PLAN_FIELDS, ShardSummary
 from pipeline.write.shard import read_shard, shard_files, summaries_of_plan
 
 INPUT = "input."  # before the name of a column of the input
-OURS = tuple(field.name for field in (*ANSWER_FIELDS, *PLAN_FIELDS))
+OURS = tuple(field.name for field in (*ANSWER_FIELDS, *FORM_FIELDS, *PLAN_FIELDS))
 
 
 @dataclass(frozen=True, slots=True)

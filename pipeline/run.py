@@ -33,6 +33,7 @@ from pipeline.report.report import report_at_end
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import Engine
+from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.generation import effective_settings
 from pipeline.vlm.identity import ModelIdentity, identify
 from pipeline.watchdog import Watchdog
@@ -229,9 +230,10 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
     """
     columns = inputs.columns.names
     template = config.prompt.build(columns, has_messages=config.dataset.messages_column is not None)
-    cap = config.generation.max_new_tokens_column
-    if cap is not None and cap not in columns:
-        raise UsageError(f"generation.max_new_tokens_column={cap}: there is no such column; the columns are {columns}.")
+    for key in ("max_new_tokens_column", "choices_column"):
+        name = getattr(config.generation, key)
+        if name is not None and name not in columns:
+            raise UsageError(f"generation.{key}={name}: there is no such column; the columns are {columns}.")
     dataset = config.dataset
     schema = output_schema(
         config.write,
@@ -239,6 +241,7 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
         keep=dataset.columns,
         id_column=dataset.id_column,
         image_column=dataset.image_column,
+        is_constrained=constraint_of(config.generation) is not None,
     )
     return template, schema
 
