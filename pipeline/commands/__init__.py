@@ -7,10 +7,9 @@ from pipeline.commands.base import Command, Keys
 COMMANDS = {
     command.name: command
     for command in (
-        Command("run", "the job: plan if new, resume if not", Keys.ALL),
         Command(
-            "retry",
-            "ask the error rows of a finished run once more, all or those of only=[stage or type, ...]",
+            "plan",
+            "what a run will take and cost, from a look at some of its rows; writes nothing",
             Keys.ALL,
         ),
         Command(
@@ -18,11 +17,7 @@ COMMANDS = {
             "stream the answers of a few rows to the terminal, or converse over images; writes nothing",
             Keys.ALL,
         ),
-        Command(
-            "plan",
-            "what a run will take and cost, from a look at some of its rows; writes nothing",
-            Keys.ALL,
-        ),
+        Command("run", "the job: plan if new, resume if not", Keys.ALL),
         Command(
             "status",
             "how far a run is, from its files alone; watch=true shows it live until it is done",
@@ -34,9 +29,14 @@ COMMANDS = {
             Keys.OUTPUT_DIR,
         ),
         Command(
-            "diff",
-            "two runs, or two prompts of one, side by side: what changed, how much, and whether it is better",
-            Keys.NONE,
+            "retry",
+            "ask the error rows of a finished run once more, all or those of only=[stage or type, ...]",
+            Keys.ALL,
+        ),
+        Command(
+            "report",
+            "a self-contained HTML page: pictures with answers, errors by class, lengths, throughput, who waited",
+            Keys.OUTPUT_DIR,
         ),
         Command(
             "score",
@@ -44,9 +44,9 @@ COMMANDS = {
             Keys.NONE,
         ),
         Command(
-            "report",
-            "a self-contained HTML page: pictures with answers, errors by class, lengths, throughput, who waited",
-            Keys.OUTPUT_DIR,
+            "diff",
+            "two runs, or two prompts of one, side by side: what changed, how much, and whether it is better",
+            Keys.NONE,
         ),
         Command(
             "export",

@@ -25,7 +25,7 @@ from pipeline.report.sample import Sample, plain_text, sample_of
 from pipeline.report.throughput import throughput
 from pipeline.results import Results, results_of_run
 from pipeline.status import phases
-from pipeline.worker_stats import WorkerStats, read_worker_stats
+from pipeline.worker_stats import WorkerStats, WorkerStatsFiles
 from pipeline.write.file import Place, place, replace_file
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def report_page(output_dir: Place, options: ReportOptions, is_stopped: Callable[
     results = results_of_run(output_dir)
     assert results.plan is not None
     plan = results.plan
-    workers = list(read_worker_stats(output_dir / "stats", plan.plan_id))
+    workers = WorkerStatsFiles(output_dir / "stats").read(plan.plan_id)
     errors: Counter[str] = Counter()
     for summary in results.summaries.values():
         errors.update(summary.errors)
