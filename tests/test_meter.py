@@ -115,10 +115,10 @@ def test_a_heartbeat_has_how_far_the_worker_was_at_which_time(tmp_path: Path) ->
     tally = Tally(10)
     one, _ = meter(tally, tmp_path)
     tally.add(answer(0))
-    one.write("running", {})
+    one.beat()
     one.waiting_for_input_seconds = 1.26
     tally.add(answer(1))
-    one.write("done", {})
+    one.end("done", {})
     series = heartbeats(tmp_path)[0]["series"]
     assert series["num_answered"] == [1, 2], "the last word is a point, however near the one before"
     assert series["waiting_for_input_seconds"] == [0.0, 1.3]
