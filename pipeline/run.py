@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ROWS_BEFORE_BUDGET = 200
+ROWS_BEFORE_BUDGET = 200  # records that are done before max_error_rate is looked at
 
 
 def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) -> None:
@@ -252,7 +252,7 @@ def check_budget(max_error_rate: float | None, tally: Tally) -> None:
     Raises:
         ErrorBudgetExceeded: more than max_error_rate of the records failed, of at least 200.
     """
-    if max_error_rate is None or tally.num_done < _ROWS_BEFORE_BUDGET:
+    if max_error_rate is None or tally.num_done < ROWS_BEFORE_BUDGET:
         return
     share = tally.num_errors / tally.num_done
     if share > max_error_rate:

@@ -11,6 +11,7 @@ from pipeline.forecast.survey import Survey
 from pipeline.forecast.warm_run import WarmRun
 from pipeline.meter import duration
 from pipeline.records import FinishReason
+from pipeline.run import ROWS_BEFORE_BUDGET
 
 _MOST_WARNINGS = 3
 _BUSY = 0.5  # programs that compute beside this one, for each core
@@ -92,8 +93,11 @@ def _data(found: Forecast, seen: Survey) -> Iterator[str]:
     yield f"rows     {num_seen:,} looked at, spread over {seen.num_all:,}"
     bad = seen.fault_share
     yield f"bad      {_span(bad, _percent)} of the rows will be error rows" if num_seen else "bad      unknown"
+    named: set[str] = set()
     for kind, row_id, reason in seen.examples:
-        yield f"           {seen.faults[kind]:,} x {kind}, as {_one_line(row_id)}: {_one_line(reason)}"
+        label = "and" if kind in named else f"{seen.faults[kind]:,} x"
+        named.add(kind)
+        yield f"           {label} {kind}, as {_one_line(row_id)}: {_one_line(reason)}"
     widths = [width for one in seen.prompts for width in one.facts.image_width]
     heights = [height for one in seen.prompts for height in one.facts.image_height]
     if widths:
@@ -139,7 +143,8 @@ def _notes(found: Forecast) -> Iterator[str]:
     if warm is None:
         yield "time and price need the model: model=true"
     bad = seen.fault_share.value
-    if config.max_error_rate is not None and bad > config.max_error_rate:
+    is_long = found.found.plan.num_records >= ROWS_BEFORE_BUDGET
+    if config.max_error_rate is not None and bad > config.max_error_rate and is_long:
         yield f"the run would stop: more error rows than max_error_rate={config.max_error_rate:g}"
     if len(seen.rows) < seen.num_chosen:
         yield "looking took longer than seconds= allows; the first of the sample are what was looked at"
