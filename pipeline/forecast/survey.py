@@ -25,7 +25,7 @@ _MAX_EXAMPLE_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Survey:
-    """Rows that were looked at, in no order."""
+    """Rows that were looked at, in their order."""
 
     rows: Sequence[SeenRow]
     num_chosen: int  # rows that were to be looked at; more than were where time was short
@@ -122,6 +122,7 @@ def survey(
     with pool:
         for result in pool.results(tasks(config, found, chosen, until=_clock(seconds))):
             rows.append(lost(result.task, result.kind, result.reason) if isinstance(result, Lost) else result)
+    rows.sort(key=lambda row: row.index)  # the same examples each time
     return Survey(rows, len(chosen), found.num_rows_left, num_workers(config), has_tokens=identity is not None)
 
 
