@@ -99,7 +99,7 @@ class SourceImages:
                 if row.index == ascending[done]:
                     yield self._of_row(row)
                     done += 1
-        except RunFailed as problem:  # the file is gone, or another one by now
+        except (RunFailed, OSError) as problem:  # the file is gone, or another one by now
             yield from [[SourceImage(None, None, str(problem))]] * (len(ascending) - done)
 
     def _of_row(self, row: Row) -> list[SourceImage]:

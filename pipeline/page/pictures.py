@@ -91,5 +91,5 @@ def _encoded(
                 yield (index, place), image.data
         if limits.is_stopped() or time.monotonic() - began > limits.seconds:
             for left in order[number:]:
-                found[left][0] = Picture(None, f"not shown: reading pictures took longer than {limits.seconds:g} s")
+                found[left][0] = Picture(None, "not shown: there was no time to read all pictures")
             return

@@ -6,33 +6,26 @@ from __future__ import annotations
 import base64
 import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
 from multiprocessing.connection import Connection
 from typing import Generic, TypeVar
 
-from PIL import Image
-
-from pipeline.errors import RowFault
-from pipeline.prompt.image import decode_image
-from pipeline.records import ImageRef
-from pipeline.tensors.worker import ending, limit_memory, silenced_libraries
+from pipeline.page.decoder import FAILED
+from pipeline.tensors.worker import ending
 
 Key = TypeVar("Key")
 
-_SIDE_PIXELS = 320  # of the longer side: twice what a card shows, for fine screens
-_QUALITY = 72  # of WebP: 5 to 12 kB for a photograph
+_PROGRAM = "pipeline.page.decoder"
 _TASK_SECONDS, _START_SECONDS = 20.0, 120.0
-_MEMORY_BYTES = 1 << 30  # above what the process has: a picture of 100 megapixels takes 700 MB
 _MOST_ENCODED_BYTES = 1 << 28
 _MOST_PROCESSES = 4
-_MADE, _FAILED = b"+", b"-"
-_TOO_MUCH = b"not shown: decoding it takes too much memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +91,7 @@ class _Decoder:
 
     def __init__(self, max_image_pixels: int, seconds: float) -> None:
         self._max_image_pixels, self._seconds = max_image_pixels, seconds
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
     def thumbnail(self, data: bytes) -> Thumbnail:
@@ -111,7 +104,7 @@ class _Decoder:
             reply = pipe.recv_bytes()
         except (EOFError, OSError):
             return Thumbnail(None, f"not shown: its decoder crashed ({ending(self.end())})")
-        if reply[:1] == _FAILED:
+        if reply[:1] == FAILED:
             return Thumbnail(None, reply[1:].decode("utf-8", "replace"))
         return Thumbnail("data:image/webp;base64," + base64.b64encode(reply[1:]).decode())
 
@@ -122,55 +115,23 @@ class _Decoder:
         if process is None or pipe is None:
             return None
         pipe.close()
-        process.join(0.2)  # it may have died just now; one that hangs is killed
-        if process.is_alive():
-            process.kill()
-        process.join()
-        return process.exitcode
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(0.2)  # it may have died just now; one that hangs is killed
+        process.kill()
+        return process.wait()
 
     def _started(self) -> Connection:
-        context = multiprocessing.get_context("spawn")  # what the caller holds (a model, CUDA) stays with it
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, self._max_image_pixels), name="thumbnail-decoder", daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        # Not multiprocessing's: what the caller holds (a model, CUDA) stays with it, and its script is not run again.
+        ours, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _PROGRAM, str(theirs.fileno()), str(self._max_image_pixels)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        self._pipe = ours
         if not self._pipe.poll(_START_SECONDS):  # imports are no part of a picture's time
             raise OSError("it did not start")
         self._pipe.recv_bytes()
         return self._pipe
-
-
-def _serve(pipe: Connection, max_image_pixels: int) -> None:
-    """Answer pictures with thumbnails until nobody asks any more."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are for the parent, which ends this process
-    os.nice(10)
-    limit_memory(_MEMORY_BYTES)
-    with silenced_libraries():
-        try:
-            pipe.send_bytes(_MADE)
-            while True:
-                pipe.send_bytes(_reply(pipe.recv_bytes(), max_image_pixels))
-        except (EOFError, OSError):  # nobody is there any more
-            return
-
-
-def _reply(data: bytes, max_image_pixels: int) -> bytes:
-    try:
-        opened = decode_image(
-            ImageRef(data=data), data, max_image_pixels=max_image_pixels, least_side_pixels=2 * _SIDE_PIXELS
-        )
-        image = opened.image
-        image.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS), Image.Resampling.LANCZOS)
-        small = BytesIO()
-        image.save(small, "WEBP", quality=_QUALITY)
-        return _MADE + small.getvalue()
-    except RowFault as fault:
-        if fault.kind == "MemoryError":
-            return _FAILED + _TOO_MUCH
-        reason = fault.message.removeprefix("image bytes: ")
-        return _FAILED + f"not shown: {reason}".encode("utf-8", "replace")
-    except MemoryError:
-        return _FAILED + _TOO_MUCH

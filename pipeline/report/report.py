@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MOST_ROWS = 30  # of a table
+# What a worker says of itself from its first heartbeat on.
+_SAID = {"started", "seconds", "loading_seconds", "waiting_for_input_seconds", "writing_seconds", "num_answered"}
 _MOST_SETTING_CHARACTERS = 2000
 
 
@@ -93,7 +95,8 @@ def report_page(output_dir: Place, options: ReportOptions, is_stopped: Callable[
     results = results_of_run(output_dir)
     assert results.plan is not None
     plan = results.plan
-    workers = WorkerStatsFiles(output_dir / "stats").read(plan.plan_id)
+    found = WorkerStatsFiles(output_dir / "stats").read(plan.plan_id)
+    workers = [one for one in found if one.keys() >= _SAID]
     errors: Counter[str] = Counter()
     for summary in results.summaries.values():
         errors.update(summary.errors)

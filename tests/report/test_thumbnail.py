@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
-import signal
+import subprocess
+import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from command_line import CHECKOUT
 from made_run import jpeg
 from PIL import Image
 
@@ -18,7 +19,6 @@ from pipeline.page import thumbnail as thumbnail_module
 from pipeline.page.thumbnail import Thumbnail, Thumbnails
 from pipeline.prompt.image import decode_image
 from pipeline.records import ImageRef
-from pipeline.tensors.worker import limit_memory
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -72,22 +72,8 @@ def test_a_file_that_is_no_picture_says_why() -> None:
     assert "90000 pixels" in (large.problem or "")
 
 
-def hostile_serve(pipe: Connection, max_image_pixels: int) -> None:
-    """As the process of a decoder in which files can do what they like."""
-    pipe.send_bytes(b"+")
-    while True:
-        data = pipe.recv_bytes()
-        if data == b"crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if data == b"hang":
-            time.sleep(60)
-        if data == b"end":
-            os._exit(3)
-        pipe.send_bytes(thumbnail_module._reply(data, max_image_pixels))
-
-
 def test_a_picture_that_crashes_or_hangs_its_decoder_costs_one_thumbnail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thumbnail_module, "_serve", hostile_serve)
+    monkeypatch.setattr(thumbnail_module, "_PROGRAM", "hostile_decoder")
     monkeypatch.setattr(thumbnail_module, "_MOST_PROCESSES", 1)
     good = jpeg(50, 50)
     began = time.monotonic()
@@ -100,14 +86,8 @@ def test_a_picture_that_crashes_or_hangs_its_decoder_costs_one_thumbnail(monkeyp
     assert [place for place, problem in enumerate(problems) if problem is None] == [0, 2, 4, 7]
 
 
-def frugal_serve(pipe: Connection, max_image_pixels: int) -> None:
-    """As the process of a decoder that may take little."""
-    limit_memory(40 << 20)
-    hostile_serve(pipe, max_image_pixels)
-
-
 def test_a_picture_that_needs_too_much_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thumbnail_module, "_serve", frugal_serve)
+    monkeypatch.setattr(thumbnail_module, "_PROGRAM", "hostile_decoder")
     huge, good = made(png(Image.new("RGB", (5000, 4000))), jpeg(50, 50))
     assert huge.uri is None and "memory" in (huge.problem or "")
     assert good.problem is None
@@ -125,10 +105,28 @@ def test_a_jpeg_is_decoded_at_a_fraction_of_its_size() -> None:
 def test_no_process_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     thumbnails = Thumbnails[int](1_000_000)
     assert len(list(thumbnails.made(enumerate([jpeg(50, 50)] * 8)))) == 8
-    processes = [decoder._process for decoder in thumbnails._decoders]
-    assert processes and all(process is not None and process.is_alive() for process in processes)
+    processes = [decoder._process for decoder in thumbnails._decoders if decoder._process]
+    assert processes and all(process.poll() is None for process in processes)
     thumbnails.close()
-    assert not any(process is not None and process._popen.poll() is None for process in processes)
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("""
+from pathlib import Path
+from pipeline.page.thumbnail import Thumbnails
+with open("began", "a") as file:
+    file.write("x")
+with Thumbnails[int](1000) as thumbnails:
+    print([thumbnail.problem for _, thumbnail in thumbnails.made([(1, b"no picture")])])
+""")
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "not readable as JPEG" in done.stdout and done.stderr == ""
+    assert (tmp_path / "began").read_text() == "x"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no pictures of other projects beside the checkout")
