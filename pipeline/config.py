@@ -80,6 +80,7 @@ class RunConfig:
         False, "where a scheduler has the work: stay, and say how far it is, until it is done", speed=True
     )
     stall_exit: bool = option(False, "after such a report, end with exit code 75 (run again)", speed=True)
+    report: bool = option(True, "write report.html at the end, a page to look at; see vlm-batch report", speed=True)
 
     @property
     def output_path(self) -> Place:

@@ -20,7 +20,7 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from pipeline.tally import Tally
-from pipeline.worker_stats import WorkerStats, heartbeat_seconds, is_running, read_worker_stats
+from pipeline.worker_stats import Series, WorkerStats, heartbeat_seconds, is_running, read_worker_stats
 from pipeline.write.file import Place
 from pipeline.write.object_store import ObjectPath
 
@@ -52,6 +52,7 @@ class Meter:
         self._last_look = self._last_line = self._started
         self.waiting_for_input_seconds = self.writing_seconds = 0.0
         self.loading_seconds = 0.0
+        self._series = Series("seconds", "num_answered", "waiting_for_input_seconds")
         self._bar: Any = None
         self._state = "loading"
         self._closing = threading.Event()
@@ -111,6 +112,7 @@ class Meter:
 
     def show(self) -> None:
         """Bring bar or line up to date; cheap, called after every answer."""
+        self._series.add(*self._point)
         if self._rank:
             return
         if self._bar is not None:
@@ -127,6 +129,7 @@ class Meter:
     def write(self, state: str, more: Mapping[str, Any]) -> None:
         """stats/worker-RANK-*.json: what this worker did, replaced in one step."""
         tally = self._tally
+        self._series.add(*self._point)
         content = {
             "plan_id": self._plan_id,
             "rank": self._rank,
@@ -146,6 +149,7 @@ class Meter:
             "rows_per_second": round(self.rows_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
             "error_examples": tally.examples,
+            "series": self._series.until(*self._point),
         }
         text = json.dumps(content | dict(more), indent=1)
         try:
@@ -172,6 +176,10 @@ class Meter:
     def _beat(self) -> None:
         while not self._closing.wait(self._heartbeat_seconds):
             self.write(self._state, {})
+
+    @property
+    def _point(self) -> tuple[float, float, float]:
+        return self.seconds, self._tally.num_answered, self.waiting_for_input_seconds
 
     @property
     def _num_done(self) -> int:

@@ -29,6 +29,7 @@ from pipeline.plan import Plan, changed_versions, read_inputs, read_plan
 from pipeline.planning import Resume, make_folders, open_plan
 from pipeline.prompt.template import Template
 from pipeline.records import Answer
+from pipeline.report.report import report_at_end
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import Engine
@@ -59,7 +60,9 @@ def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) 
     """
     with Interruption(config.grace_seconds) as stop:
         if run_share(config, only, rank, world, stop):
-            conclude(config.output_path, is_retry=only is not None)
+            is_last = conclude(config.output_path, is_retry=only is not None)
+            if is_last and config.report:
+                report_at_end(config.output_path, is_stopped=lambda: stop.requested)
 
 
 def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> bool:

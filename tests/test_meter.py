@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -92,3 +93,36 @@ def test_other_ranks_show_nothing(tmp_path: Path) -> None:
     assert shown.getvalue() == "" and heartbeats(tmp_path) == []
     one.write("done", {})
     assert heartbeats(tmp_path)[0]["rank"] == 3
+
+
+def test_a_heartbeat_has_how_far_the_worker_was_at_which_time(tmp_path: Path) -> None:
+    tally = Tally(10)
+    one, _ = meter(tally, tmp_path)
+    tally.add(answer(0))
+    one.write("running", {})
+    one.waiting_for_input_seconds = 1.26
+    tally.add(answer(1))
+    one.write("done", {})
+    series = heartbeats(tmp_path)[0]["series"]
+    assert series["num_answered"] == [1, 2], "the last word is a point, however near the one before"
+    assert series["waiting_for_input_seconds"] == [0.0, 1.3]
+    assert len(series["seconds"]) == 2 and series["seconds"] == sorted(series["seconds"])
+
+
+def test_a_series_is_bounded_and_even() -> None:
+    series = worker_stats.Series("seconds", "rows")
+    for tenth in range(200_000):
+        series.add(tenth / 10, tenth)
+    found = series.until(20_000.0, 200_000)
+    assert 60 <= len(found["seconds"]) <= 121
+    steps = {round(later - before, 6) for before, later in itertools.pairwise(found["seconds"][:-1])}
+    assert len(steps) == 1, "every point is as far from the next"
+    assert found["seconds"][0] == 0 and found["seconds"][-1] == 20_000
+    assert found["rows"] == [10 * seconds for seconds in found["seconds"]]
+
+
+def test_a_short_series_has_a_point_a_second() -> None:
+    series = worker_stats.Series("seconds")
+    for tenth in range(55):
+        series.add(tenth / 10)
+    assert series.until(5.4) == {"seconds": [0, 1, 2, 3, 4, 5, 5.4]}

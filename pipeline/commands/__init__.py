@@ -33,5 +33,10 @@ COMMANDS = {
             "hold answers against references: accuracy, VQA accuracy, ANLS, BLEU, CIDEr ... with intervals of 95 %",
             Keys.NONE,
         ),
+        Command(
+            "report",
+            "a self-contained HTML page: pictures with answers, errors by class, lengths, throughput, who waited",
+            Keys.OUTPUT_DIR,
+        ),
     )
 }
