@@ -57,10 +57,24 @@ class Results:
             UsageError: there is no such column.
             RunFailed: a file cannot be read.
         """
-        names = [self.in_file(column) for column in columns]
         for path in self.files:
-            table = read_shard(path, list(dict.fromkeys(names)))
-            yield pa.table({column: _plain(table[name]) for column, name in zip(columns, names, strict=True)})
+            yield self.table(path, columns)
+
+    def table(self, path: Place, columns: Sequence[str]) -> pa.Table:
+        """The records of one of the files, as tables() gives them."""
+        names = [self.in_file(column) for column in columns]
+        table = read_shard(path, list(dict.fromkeys(names)))
+        return pa.table({column: _plain(table[name]) for column, name in zip(columns, names, strict=True)})
+
+    def lengths(self) -> list[int]:
+        """How many records each file has, as its footer says.
+
+        Raises:
+            RunFailed: a file cannot be read.
+        """
+        if self.plan is not None:
+            return [self.summaries[number].num_rows for number in sorted(self.summaries)]
+        return [_num_rows(path) for path in self.files]
 
     def column(self, name: str) -> str:
         """How a column that the user named as it is called in the files is asked for in tables().

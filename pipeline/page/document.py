@@ -33,7 +33,8 @@ def rendered(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_printed,
     )
-    environment.filters |= {"attribute": attribute, "number": number, "share": share, "duration": duration}
+    environment.filters |= {"attribute": attribute, "number": number, "share": share, "percent": percent}
+    environment.filters |= {"duration": duration}
     script = (HERE / "filter.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # The hash is of this one script: a row's text that became a script element would not run. No address is ever asked.
@@ -54,7 +55,12 @@ def number(value: float) -> str:
 
 def share(part: float, whole: float) -> str:
     """A part in percent: 12.3 %; of nothing it is nothing."""
-    return f"{part / whole if whole else 0.0:.1%}".replace("%", " %")
+    return percent(part / whole if whole else 0.0)
+
+
+def percent(value: float) -> str:
+    """A share from 0 to 1 in percent: 12.3 %."""
+    return f"{value:.1%}".replace("%", " %")
 
 
 def _printed(value: Any) -> Any:
