@@ -21,8 +21,8 @@ from pipeline.write.object_store import ObjectPath
 log = logging.getLogger(__name__)
 
 OLD_FOLDER = "old"
-_NAMES = (PLAN_FILE, "work", "data", "plan", "manifest.json", "stats", "report.html", "README.md")
-_NAMES += ("score.json", "score_rows.parquet")
+_WRITTEN_ABOUT_IT = ("report.html", "score.json", "score_rows.parquet", "diff.json", "diff.html", "README.md")
+_NAMES = (PLAN_FILE, "work", "data", "plan", "manifest.json", "stats", *_WRITTEN_ABOUT_IT)
 _UNFINISHED = "moving"  # a file in old/PLAN_ID until all has arrived there
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"assembly", "audit", "report"},
     {"manifest"},
     {"compose", "run"},
-    {"preview", "ray_data"},
+    {"preview", "diff", "ray_data"},
     {"commands"},
     {"__main__"},
 ]

@@ -29,6 +29,11 @@ COMMANDS = {
             Keys.OUTPUT_DIR,
         ),
         Command(
+            "diff",
+            "two runs, or two prompts of one, side by side: what changed, how much, and whether it is better",
+            Keys.NONE,
+        ),
+        Command(
             "score",
             "hold answers against references: accuracy, VQA accuracy, ANLS, BLEU, CIDEr ... with intervals of 95 %",
             Keys.NONE,
