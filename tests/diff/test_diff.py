@@ -434,6 +434,9 @@ def test_a_text_beside_an_error_is_no_answer(tmp_path: Path, capsys: pytest.Capt
     found, _ = diff(capsys, tmp_path / "a.parquet", tmp_path / "b.parquet")
     assert (found["changes"]["same"], found["changes"]["only_a_answered"]) == (2, 1)
     assert found["errors"] == [{"a": None, "b": "no answer", "num_records": 1}]
+    asked = {"a_response": "id", "reference": "response", "metric": ["exact_match"]}
+    score = diff(capsys, tmp_path / "a.parquet", tmp_path / "b.parquet", **asked)[0]["scores"]["exact_match"]
+    assert (score["a"], score["b"]) == (0, pytest.approx(2 / 3)), "and scored as none"
 
 
 def test_a_run_that_was_retried_is_compared_as_it_is_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
