@@ -148,6 +148,7 @@ def test_two_prompts_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (found["changes"]["same"], found["changes"]["changed"], found["num_records"]) == (5, 1, 6)
     assert found["settings"] == [{"name": "prompt.user", "a": "Name it.", "b": "Describe it."}]
     assert (found["a"]["label"], found["b"]["label"]) == ("short", "long")
+    assert (found["a"]["num_records"], found["a"]["num_published"]) == (6, 12)
     assert "a cat" not in said
 
 
