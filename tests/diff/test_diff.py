@@ -19,6 +19,7 @@ from pipeline.diff import pairs
 from pipeline.diff.command import run_diff
 from pipeline.diff.options import DiffOptions
 from pipeline.errors import RunFailed, UsageError
+from pipeline.overwrite import move_aside
 from pipeline.records import RecordKey
 
 
@@ -147,6 +148,7 @@ def test_two_prompts_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (found["changes"]["same"], found["changes"]["changed"], found["num_records"]) == (5, 1, 6)
     assert found["settings"] == [{"name": "prompt.user", "a": "Name it.", "b": "Describe it."}]
     assert (found["a"]["label"], found["b"]["label"]) == ("short", "long")
+    assert (found["a"]["num_records"], found["a"]["num_published"]) == (6, 12)
     assert "a cat" not in said
 
 
@@ -189,16 +191,16 @@ def test_lengths_endings_images_and_prompts_are_compared(tmp_path: Path, capsys:
         tmp_path / "b",
         lambda key: "a cat" if key.row_index else "ox",
         prompt="And now?",
-        image=lambda index: f"picture {max(1, index)}",
+        image=lambda index: f"picture {max(1, index)}" if index < 5 else "",  # one could not be read
     )
     found, said = diff(capsys, tmp_path / "a", tmp_path / "b")
     lengths = found["num_generated_tokens"]
     assert (lengths["a"]["mean"], lengths["b"]["mean"], lengths["b"]["most"]) == (3.0, 4.5, 5)
     assert (lengths["num_longer_in_b"], lengths["num_shorter_in_b"]) == (5, 1)
     assert found["finish_reasons"] == [{"a": "stop", "b": "stop", "num_records": 6}]
-    assert found["images"] == {"num_records": 6, "num_different": 1}
+    assert found["images"] == {"num_records": 5, "num_different": 1}
     assert found["prompts"] == {"num_records": 6, "num_different": 6}
-    assert "images    1 of 6 were other ones" in said
+    assert "images    1 of 5 were other ones" in said
     assert "prompts   6 of 6 were asked in other words" in said
 
 
@@ -207,11 +209,11 @@ def test_groups_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureF
     kinds = {0: "cat", 1: "cat", 2: "cat", 3: None, 4: None, 5: "\x1b[31mdog"}
     more: dict[str, Any] = {"columns": columns, "more": lambda index: {"kind": kinds[index]}}
     make_run(tmp_path / "a", lambda key: "yes", **more)
-    make_run(tmp_path / "b", lambda key: "no" if key.row_index in (1, 3) else "yes", **more)
+    make_run(tmp_path / "b", lambda key: "no" if key.row_index in (1, 3, 4) else "yes", **more)
     found, said = diff(capsys, tmp_path / "a", tmp_path / "b", by=["kind", "year"])
     groups = found["by"]["kind"]["values"]
     assert [group["value"] for group in groups] == ["cat", None, "\x1b[31mdog"]
-    assert [group["changes"]["same"] for group in groups] == [2, 1, 1]
+    assert [group["changes"]["same"] for group in groups] == [2, 0, 1]
     assert [group["num_records"] for group in groups] == [3, 2, 1]
     assert [group["value"] for group in found["by"]["year"]["values"]] == [str(year) for year in range(1900, 1906)]
     assert "null" in said and "\x1b" not in said
@@ -326,6 +328,14 @@ def test_files_go_beside_the_run_b_and_never_into_its_data(tmp_path: Path, capsy
     assert "a dog" in (tmp_path / "b/diff.html").read_text().replace("<ins>", "").replace("</ins>", "")
 
 
+def test_what_was_written_about_a_run_moves_aside_with_it(tmp_path: Path) -> None:
+    plan = make_run(tmp_path / "a", lambda key: "a cat")
+    assert run_diff(DiffOptions(a=str(tmp_path / "a"), b=str(tmp_path / "a"))) == 0
+    old = move_aside(tmp_path / "a", plan.plan_id)
+    for name in ("diff.json", "diff.html"):
+        assert (old / name).exists() and not (tmp_path / "a" / name).exists()
+
+
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -417,6 +427,17 @@ def test_files_of_others_may_use_our_names_for_other_things(tmp_path: Path, caps
     odd = {"status": [1, 2], "prompt": [["a"], ["b"]], "image_sha256": [1.5, 2.5], "num_generated_tokens": ["x", "y"]}
     parquet(tmp_path / "a.parquet", id=["x", "y"], response=["r", "s"], **odd)
     assert diff(capsys, tmp_path / "a.parquet", tmp_path / "a.parquet")[0]["changes"]["same"] == 2
+
+
+def test_a_text_beside_an_error_is_no_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parquet(tmp_path / "a.parquet", id=["x", "y", "z"], response=["r"] * 3)
+    parquet(tmp_path / "b.parquet", id=["x", "y", "z"], response=["r"] * 3, status=["ok", "error", None])
+    found, _ = diff(capsys, tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert (found["changes"]["same"], found["changes"]["only_a_answered"]) == (2, 1)
+    assert found["errors"] == [{"a": None, "b": "no answer", "num_records": 1}]
+    asked = {"a_response": "id", "reference": "response", "metric": ["exact_match"]}
+    score = diff(capsys, tmp_path / "a.parquet", tmp_path / "b.parquet", **asked)[0]["scores"]["exact_match"]
+    assert (score["a"], score["b"]) == (0, pytest.approx(2 / 3)), "and scored as none"
 
 
 def test_a_run_that_was_retried_is_compared_as_it_is_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,13 @@ def test_marks_and_joined_emoji_stay_with_their_letter() -> None:
     assert words(f"a {family} here", "a \U0001f468 here") == [family]
 
 
+def test_of_texts_that_differ_all_over_the_beginning_is_compared() -> None:
+    a, b = "one " * 30_000 + "end", "two " * 30_000 + "end"
+    left, right = ("".join(span.text for span in side) for side in spans(a, b))
+    assert a.startswith(left) and b.startswith(right)
+    assert 10_000 < len(left) < len(a)
+
+
 texts = st.text(st.sampled_from(list("ab .,\n\u00e9\u0301\u6771\u200d-3")), max_size=40)
 
 

@@ -80,7 +80,10 @@ def make_run(
         for key in keys:
             said = say(key)
             facts = PromptFacts(
-                prompt=prompt, image_sha256=(image(key.row_index),), image_width=(4,), image_height=(3,)
+                prompt=prompt,
+                image_sha256=tuple(filter(None, [image(key.row_index)])),
+                image_width=(4,),
+                image_height=(3,),
             )
             if isinstance(said, Fault):
                 ledger.record(Answer(key, ids(key.row_index), facts, fault=said))
