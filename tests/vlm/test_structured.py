@@ -205,6 +205,7 @@ def sample_of(row: int = 0, choices: tuple[str, ...] = ()) -> EncodedSample:
     return EncodedSample(RecordKey(row, "default", 0), f"row {row}", {}, PromptFacts(), choices=choices)
 
 
+numbers = st.integers(-(1 << 53), 1 << 53)
 keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 leaves = st.one_of(
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["boolean", "null"]}]),
@@ -217,8 +218,8 @@ leaves = st.one_of(
     st.tuples(st.integers(0, 3), st.integers(0, 5)).map(
         lambda pair: {"type": "string", "minLength": pair[0], "maxLength": sum(pair)}
     ),
-    st.lists(keys | st.integers() | st.booleans() | st.none(), min_size=1, max_size=4).map(lambda some: {"enum": some}),
-    (keys | st.integers()).map(lambda value: {"const": value}),
+    st.lists(keys | numbers | st.booleans() | st.none(), min_size=1, max_size=4).map(lambda some: {"enum": some}),
+    (keys | numbers).map(lambda value: {"const": value}),
     st.sampled_from([{"type": "string", "format": "date"}, {"type": "string", "pattern": "^[a-c]{2,4}$"}]),
 )
 
