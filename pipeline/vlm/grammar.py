@@ -1,11 +1,11 @@
 """Constrained decoding: which tokens may come next in an answer that has to be of a form, and whether it came to be so.
 
-The library is llguidance: one wheel (abi3) a system for every Python from 3.9, on Linux, macOS and Windows, that needs no
-other package; maintained, and vLLM has it, too, so that its engine is given the same rules; it takes the tokenizers of
-bytes and of sentencepiece of the package tokenizers, knows nothing of devices, and computes a mask when it is asked for
-one: a schema compiles in 2 ms, and a mask of 128,000 tokens took 0.03 ms of a CPU (docs/structured.md). Looked at beside
-it, and not measured: xgrammar, which asks for torch, transformers, triton and pydantic; outlines-core, which builds an
-automaton over the whole vocabulary before the first token.
+The library is llguidance: one wheel (abi3) a system for every Python from 3.9, on Linux, macOS and Windows, that
+needs no other package; maintained, and vLLM has it, too, so that its engine is given the same rules; it takes the
+tokenizers of bytes and of sentencepiece of the package tokenizers, knows nothing of devices, and computes a mask when
+it is asked for one: a schema compiles in 2 ms, and a mask of 128,000 tokens took 0.03 ms of a CPU
+(docs/structured.md). Looked at beside it, and not measured: xgrammar, which asks for torch, transformers, triton and
+pydantic; outlines-core, which builds an automaton over the whole vocabulary before the first token.
 
 One grammar serves both engines. Each row has a matcher of its own, which is told the row's tokens, so a mask hangs on
 nothing but the row's own answer. An answer whose form leaves nothing to add ends there, without an end token.
