@@ -104,13 +104,14 @@ def refuse_retry(output_dir: Place, only: Collection[str]) -> None:
     """Refuse what cannot be asked again, before anything heavy is imported.
 
     Raises:
-        UsageError: there is no run in this folder, or `only` names an error that it does not have.
+        UsageError: there is no run in this folder, or `only` names an error that it does not have. Where no error is
+            left every name may be one that was mended: a scheduled retry goes by the same words each time.
     """
     plan = plan_of_run(output_dir)
     errors: Counter[str] = Counter()
     for summary in published_shards(output_dir / "data", plan.plan_id).values():
         errors.update(summary.errors)
     known = {*errors, *(name for error in errors for name in error.split("/", 1)), *(str(stage) for stage in Stage)}
-    if unknown := [name for name in only if name not in known]:
-        there = ", ".join(f"{error} ({number})" for error, number in errors.most_common()) or "none"
+    if errors and (unknown := [name for name in only if name not in known]):
+        there = ", ".join(f"{error} ({number})" for error, number in errors.most_common())
         raise UsageError(f"only={unknown}: no such errors in {output_dir}. There are: {there}.")

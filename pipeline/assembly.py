@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
@@ -17,6 +18,8 @@ from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
 from pipeline.tensors.processor import Processor, ProcessorSource
 from pipeline.tensors.shipping import Shipping
+from pipeline.tracking.registry import relays
+from pipeline.tracking.relay import Relay
 from pipeline.vlm.base import Engine, Settle, StopSignal, not_kept
 from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.generation import effective_settings, log_settings, slots_obstacle
@@ -28,9 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 _LONG_RUN = 100  # records; below that the parity check would cost more than it tells
 # Imported once by the fork server: a worker, or its replacement, starts in milliseconds.
-_PRELOAD = (
+PRELOAD = (
     "pipeline.preparation",
     "torch",
     "transformers.processing_utils",
@@ -47,7 +52,7 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
             engine that was asked for, or it has no meaning.
         RunFailed: it is no image-text-to-text model, or not whole.
     """
-    start_fork_server(_PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
+    start_fork_server(PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
     from pipeline.vlm.load import check_model
 
     if constraint := constraint_of(config.generation):
@@ -77,7 +82,7 @@ def refuse_processor(config: RunConfig, identity: ModelIdentity, template: Templ
         UsageError: an option of vlm.processor does not exist, or the tokenizer does not bear constrained answers.
         RunFailed: the processor cannot be loaded, or prepares no prompt of the run's shape.
     """
-    start_fork_server(_PRELOAD)  # by now, where an old plan is extended
+    start_fork_server(PRELOAD)  # by now, where an old plan is extended
     processor = Processor(preparation_options(config, identity, template, fingerprint="").processor)
     if constraint := constraint_of(config.generation):
         from pipeline.vlm.grammar import token_table
@@ -94,17 +99,45 @@ def workers(
     return preparation_pool(config, options, batcher)
 
 
+def trackers(config: RunConfig, plan: Plan, rank: int) -> Sequence[Relay]:
+    """Who is told what this rank does.
+
+    Raises:
+        UsageError: a tracker cannot work here.
+    """
+    return relays(
+        config.track,
+        config.track_dir,
+        config.prometheus_file,
+        output_dir=config.output_path,
+        plan_id=plan.plan_id,
+        settings=plan.settings,
+        rank=rank,
+    )
+
+
 def preparation_pool(
     config: RunConfig, options: PreparationOptions, batcher: Batcher
 ) -> WorkerPool[Task, list[EncodedSample | Answer]]:
     """Such processes, for whatever rows they are given."""
+    return worker_pool(config, partial(Preparation, options), max_waiting=2 * batcher.num_window_rows)
+
+
+def worker_pool(
+    config: RunConfig,
+    build: Callable[[], Callable[[Task], Result]],
+    *,
+    max_waiting: int,
+    preload: tuple[str, ...] = PRELOAD,
+) -> WorkerPool[Task, Result]:
+    """Processes as many and as bounded as the run's, for whatever is to be made of a row (see WorkerPool)."""
     return WorkerPool(
-        partial(Preparation, options),
-        num_workers=config.engine.num_workers or default_num_workers(),
+        build,
+        num_workers=num_workers(config),
         task_seconds=config.engine.worker_timeout_seconds,
         memory_bytes=config.engine.worker_memory_bytes,
-        max_waiting=2 * batcher.num_window_rows,
-        preload=_PRELOAD,
+        max_waiting=max_waiting,
+        preload=preload,
     )
 
 
@@ -161,6 +194,11 @@ def preparation_options(
         max_new_tokens_column=config.generation.max_new_tokens_column,
         choices_column=config.generation.choices_column,
     )
+
+
+def num_workers(config: RunConfig) -> int:
+    """How many of these processes a worker of the run has."""
+    return config.engine.num_workers or default_num_workers()
 
 
 def default_num_workers() -> int:

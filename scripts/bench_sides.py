@@ -155,7 +155,7 @@ class Ours:
 
 def phases(stats: Mapping[str, Any]) -> dict[str, float]:
     """Every share of the work that a run reports: names in _seconds, of the run and of what lies one level below."""
-    whole = ("loading_seconds", "seconds", "trial_seconds")
+    whole = ("loading_seconds", "seconds", "trial_seconds", "heartbeat_seconds")
     found = {name: value for name, value in stats.items() if name.endswith("_seconds") and name not in whole}
     for inner in (value for value in stats.values() if isinstance(value, Mapping)):
         found |= {name: value for name, value in inner.items() if name.endswith("_seconds") and name not in whole}

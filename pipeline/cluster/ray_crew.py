@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.base import Job
-from pipeline.cluster.ray_worker import Bell, Ending, Place, Task, Worker, plan_in
+from pipeline.cluster.ray_worker import Bell, Ending, Task, Worker, plan_in
 from pipeline.errors import Interrupted, RunFailed, UsageError
 from pipeline.ranks import Ranks
 from pipeline.shown import shown
@@ -77,7 +77,7 @@ class _Member:
 
     actor: Any
     reply: Any
-    place: Place | None = None
+    host: str | None = None
     at_work: bool = False
 
 
@@ -148,7 +148,7 @@ class RayCrew:
             )
             .remote(rank)
         )
-        self._members[rank] = _Member(actor, actor.place.remote())
+        self._members[rank] = _Member(actor, actor.host.remote())
 
     def _hear(self, rank: int, reference: Any) -> None:
         import ray
@@ -164,7 +164,7 @@ class RayCrew:
             if isinstance(said, Ending):
                 self._end(rank, said)
             else:
-                member.place, member.reply = said, None
+                member.host, member.reply = said, None
 
     def _mourn(self, rank: int, problem: Exception) -> None:
         how = _how(problem)
@@ -194,22 +194,21 @@ class RayCrew:
 
     def _hand_out(self) -> None:
         """Give work to those who have a place, once it is known who shares a host."""
-        placed = [(rank, member) for rank, member in sorted(self._members.items()) if member.place is not None]
+        placed = [(rank, member) for rank, member in sorted(self._members.items()) if member.host is not None]
         late = time.monotonic() - self._gathered_at > _GATHER_SECONDS
         if self._signals.stop or not (late or len(placed) == len(self._members)):
             return
         for rank, member in placed:
             if member.at_work:
                 continue
-            assert member.place is not None
-            host = [other for other, its in placed if its.place and its.place.host == member.place.host]
-            ranks = Ranks(rank, self._demand.num_workers, host.index(rank), len(host))
+            beside = [other for other, its in placed if its.host == member.host]
+            ranks = Ranks(rank, self._demand.num_workers, beside.index(rank), len(beside))
             member.reply = member.actor.work.remote(self._task, ranks, self._bell)
             member.at_work = True
 
     def _say_who_waits(self) -> None:
         """What has no room yet may never have it; and others may be at work meanwhile."""
-        waiting = [rank for rank, member in self._members.items() if member.place is None]
+        waiting = [rank for rank, member in self._members.items() if member.host is None]
         now = time.monotonic()
         if not waiting or self._signals.stop or self._done_at is not None:
             self._looked_at, self._num_missed = now, 0

@@ -25,13 +25,6 @@ _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an actor is."""
-
-    host: str
-
-
-@dataclass(frozen=True, slots=True)
 class Ending:
     """How a worker ended, as an exit code and a sentence; '' where all is well. trace: of a bug."""
 
@@ -73,9 +66,9 @@ class Worker:
     def __repr__(self) -> str:  # what Ray puts before each line that it writes
         return f"worker {self._rank}"
 
-    def place(self) -> Place:
+    def host(self) -> str:
         """Where it is."""
-        return Place(socket.gethostname())
+        return socket.gethostname()
 
     def work(self, task: Task, ranks: Ranks, bell: Any) -> Ending:
         """Do it; nothing is raised, so that a sentence arrives as a sentence."""

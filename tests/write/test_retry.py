@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from small_run import FAULT, answer, keys_of, new_ledger, new_plan, row, tree
+from small_run import FAULT, answer, finished_run, keys_of, new_ledger, new_plan, row, tree
 
 from pipeline.agenda import Agenda, refuse_retry
 from pipeline.audit import audit
@@ -116,6 +116,11 @@ def test_an_error_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pat
         refuse_retry(tmp_path, ["generate", "decodee"])
     with pytest.raises(UsageError, match="holds no run"):
         refuse_retry(tmp_path / "nowhere", [])
+
+
+def test_where_no_error_is_left_the_words_of_the_last_retry_are_no_mistake(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    refuse_retry(tmp_path, ["UnidentifiedImageError"])
 
 
 def test_the_count_goes_on_from_what_stays(tmp_path: Path) -> None:
