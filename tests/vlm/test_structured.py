@@ -276,6 +276,21 @@ def test_each_choice_is_reached_also_one_that_begins_another() -> None:
     assert all(answer.num_generated_tokens > 1 for answer in answers if answer.response == "1")
 
 
+def test_a_blank_may_stand_first_and_each_end_token_where_the_answer_is_whole() -> None:
+    grammar = parts(GreedyConfig(choices=["1", "10"]), eos_ids=[EOS, 1])["grammar"]
+    row, logits_BV = Generation(sample_of(), 9), torch.zeros(1, NUM_TOKENS)
+
+    def allowed() -> set[str]:
+        return {
+            tokenizer().convert_ids_to_tokens(n) for n in grammar.allowed([row], logits_BV)[0].nonzero()[:, 0].tolist()
+        }
+
+    assert allowed() == {"1", "Ġ"}
+    row.tokens.append(tokenizer().convert_tokens_to_ids("1"))
+    grammar.advance(row)
+    assert allowed() == {"0", "</s>", "<s>"}
+
+
 def test_a_pattern_is_matched_as_a_whole_and_digits_are_ascii() -> None:
     for answer in drawn(GreedyConfig(regex=r"\d{3}|(?i)no"), rows=40):
         assert answer.parse_ok and answer.response is not None
