@@ -70,7 +70,13 @@ def constraint_of(options: GenerationConfig) -> Constraint | None:
     if options.ignore_eos:
         raise UsageError(f"{key} ends an answer where it is complete, and generation.ignore_eos=true goes on.")
     if options.json_schema is not None:
-        return Constraint(key, schema=json.dumps(_laid_out(schema_of(options.json_schema))))
+        schema = schema_of(options.json_schema)
+        if number := next(_large_numbers(schema), None):
+            raise UsageError(
+                f"{key} holds {number}: whole numbers beyond 2^53 are not told apart where the schema is compiled, in "
+                "double precision. Have the answer be a text instead."
+            )
+        return Constraint(key, schema=json.dumps(_laid_out(schema)))
     if options.regex is not None:
         if not options.regex:
             raise UsageError(f"{key} is empty: expected a regular expression that the whole answer matches.")
@@ -167,6 +173,15 @@ def parts_of(schema: Any, pointer: str = "") -> Iterator[tuple[str, dict[str, An
         elif isinstance(found, dict):
             for key, part in found.items():
                 yield from parts_of(part, f"{pointer}/{name}/{key}")
+
+
+def _large_numbers(value: Any) -> Iterator[int]:
+    """Whole numbers that double precision may change."""
+    if isinstance(value, int) and abs(value) > 1 << 53:
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _large_numbers(part)
 
 
 def _laid_out(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Constrained decoding: which tokens may come next in an answer that has to be of a form, and whether it came to be so.
 
-The library is llguidance: one wheel for Linux, macOS and Windows and every Python from 3.9 (abi3) that needs no other
-package, is maintained (vLLM, SGLang and llama.cpp use it), takes any tokenizer of the package tokenizers, knows nothing
-of devices, and computes a mask when it is asked for one, so that a schema of any size is ready at once. xgrammar is as
-fast, and asks for torch, triton and pydantic; outlines-core compiles a schema into an automaton over the vocabulary
-before the first token, which takes seconds for a large one.
+The library is llguidance: one wheel (abi3) a system for every Python from 3.9, on Linux, macOS and Windows, that
+needs no other package; maintained, and vLLM has it, too, so that its engine is given the same rules; it takes the
+tokenizers of bytes and of sentencepiece of the package tokenizers, knows nothing of devices, and computes a mask when
+it is asked for one: a schema compiles in 2 ms, and a mask of 128,000 tokens took 0.03 ms of a CPU
+(docs/structured.md). Looked at beside it, and not measured: xgrammar, which asks for torch, transformers, triton and
+pydantic; outlines-core, which builds an automaton over the whole vocabulary before the first token.
 
 One grammar serves both engines. Each row has a matcher of its own, which is told the row's tokens, so a mask hangs on
 nothing but the row's own answer. An answer whose form leaves nothing to add ends there, without an end token.
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MAX_THREADS = 8  # a mask takes some ten microseconds: more threads wait for each other
+_MAX_THREADS = 8  # a mask takes some ten microseconds: more threads would have little to do
 _NUM_ROW_RULES = 1024  # that are kept, where each row has choices of its own
 
 

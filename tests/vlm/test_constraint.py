@@ -41,6 +41,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
         ({"json_schema": "no.json"}, r"generation.json_schema=no.json: expected a JSON object, or the path"),
         ({"json_schema": "{"}, "generation.json_schema is no JSON: .*line 1 column 2"),
         ({"json_schema": "/dev/zero"}, "no regular file"),
+        ({"json_schema": '{"enum": [[9007199254740993]]}'}, "holds 9007199254740993: whole numbers beyond 2.53"),
         ({"json_schema": '{"type": "object"}', "extra": {"num_beams": 2}}, r"search over beams \(num_beams=2\)"),
         ({"choices": ["a"], "extra": {"forced_bos_token_id": 5}}, "and so does forced_bos_token_id=5"),
     ],

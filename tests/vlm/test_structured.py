@@ -205,6 +205,7 @@ def sample_of(row: int = 0, choices: tuple[str, ...] = ()) -> EncodedSample:
     return EncodedSample(RecordKey(row, "default", 0), f"row {row}", {}, PromptFacts(), choices=choices)
 
 
+numbers = st.integers(-(1 << 53), 1 << 53)
 keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 leaves = st.one_of(
     st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["boolean", "null"]}]),
@@ -217,8 +218,8 @@ leaves = st.one_of(
     st.tuples(st.integers(0, 3), st.integers(0, 5)).map(
         lambda pair: {"type": "string", "minLength": pair[0], "maxLength": sum(pair)}
     ),
-    st.lists(keys | st.integers() | st.booleans() | st.none(), min_size=1, max_size=4).map(lambda some: {"enum": some}),
-    (keys | st.integers()).map(lambda value: {"const": value}),
+    st.lists(keys | numbers | st.booleans() | st.none(), min_size=1, max_size=4).map(lambda some: {"enum": some}),
+    (keys | numbers).map(lambda value: {"const": value}),
     st.sampled_from([{"type": "string", "format": "date"}, {"type": "string", "pattern": "^[a-c]{2,4}$"}]),
 )
 
@@ -273,6 +274,21 @@ def test_each_choice_is_reached_also_one_that_begins_another() -> None:
     lengths = {answer.response: answer.num_generated_tokens for answer in answers}
     assert lengths["2"] in (1, 2)  # a blank may stand before it
     assert all(answer.num_generated_tokens > 1 for answer in answers if answer.response == "1")
+
+
+def test_a_blank_may_stand_first_and_each_end_token_where_the_answer_is_whole() -> None:
+    grammar = parts(GreedyConfig(choices=["1", "10"]), eos_ids=[EOS, 1])["grammar"]
+    row, logits_BV = Generation(sample_of(), 9), torch.zeros(1, NUM_TOKENS)
+
+    def allowed() -> set[str]:
+        return {
+            tokenizer().convert_ids_to_tokens(n) for n in grammar.allowed([row], logits_BV)[0].nonzero()[:, 0].tolist()
+        }
+
+    assert allowed() == {"1", "Ġ"}
+    row.tokens.append(tokenizer().convert_tokens_to_ids("1"))
+    grammar.advance(row)
+    assert allowed() == {"0", "</s>", "<s>"}
 
 
 def test_a_pattern_is_matched_as_a_whole_and_digits_are_ascii() -> None:
