@@ -65,6 +65,15 @@ def test_every_command_is_one_that_some_test_runs(name: str, words: list[str]) -
             assert f"\n{one} = [" in (ROOT / "pyproject.toml").read_text(), f"{name}: there is no extra {one}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_a_page_is_whole(page: Path) -> None:
+    """Nothing that was to be filled in later, and no link to a file that is not there."""
+    text = page.read_text()
+    assert not re.findall(r"@[A-Z]+@|^(?:[A-Z]+_EXAMPLE|MEASURED|STATIC)$", text, re.MULTILINE)
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), target
+
+
 def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every command of a page and every block of Python, from top to bottom in one folder; how many there were."""
     make_workplace(folder, page)
