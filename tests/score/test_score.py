@@ -241,6 +241,15 @@ def test_parts_of_yes_no_have_intervals(tmp_path: Path) -> None:
     assert "yes_no recall: 0.5000" in told(predictions=answers, reference="gold", metric=["yes_no"])
 
 
+def test_what_is_not_defined_is_null_in_json(tmp_path: Path) -> None:
+    """NaN is no JSON: a parser of another language would refuse the file."""
+    answers = lines(tmp_path / "a.jsonl", [{"response": "no", "gold": "yes"}, {"response": "no", "gold": "no"}])
+    found = scored(predictions=answers, reference="gold", metric=["yes_no"])["yes_no"]
+    assert found["precision"] == {"value": None, "low": None, "high": None}
+    assert "NaN" not in (tmp_path / "a.score.json").read_text()
+    assert "yes_no precision: undefined  -" in told(predictions=answers, reference="gold", metric=["yes_no"])
+
+
 def test_all_metrics_of_texts_at_once(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     words = np.array(["a", "red", "bus", "dog", "near", "house"])
