@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config import RunConfig
 from pipeline.errors import UsageError
@@ -17,7 +18,10 @@ from pipeline.tensors.batch import Batcher
 from pipeline.tensors.pool import WorkerPool, start_fork_server
 from pipeline.tensors.processor import Processor, ProcessorSource
 from pipeline.tensors.shipping import Shipping
+from pipeline.tracking.registry import relays
+from pipeline.tracking.relay import Relay
 from pipeline.vlm.base import Engine, Settle, StopSignal, not_kept
+from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.generation import effective_settings, log_settings, slots_obstacle
 from pipeline.vlm.identity import ModelIdentity
 from pipeline.vlm.options import ImageTransfer, SlotsConfig, VllmConfig
@@ -27,9 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 _LONG_RUN = 100  # records; below that the parity check would cost more than it tells
 # Imported once by the fork server: a worker, or its replacement, starts in milliseconds.
-_PRELOAD = (
+PRELOAD = (
     "pipeline.preparation",
     "torch",
     "transformers.processing_utils",
@@ -43,12 +49,16 @@ def refuse_model(config: RunConfig, identity: ModelIdentity) -> None:
 
     Raises:
         UsageError: a setting of vlm does not fit the model, the device, or what is installed; or one of generation the
-            engine that was asked for.
+            engine that was asked for, or it has no meaning.
         RunFailed: it is no image-text-to-text model, or not whole.
     """
-    start_fork_server(_PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
+    start_fork_server(PRELOAD)  # torch takes seconds to import: the workers' import begins now, beside this one
     from pipeline.vlm.load import check_model
 
+    if constraint := constraint_of(config.generation):
+        from pipeline.vlm.grammar import check_constraint
+
+        check_constraint(constraint)
     if isinstance(config.engine, VllmConfig):
         from pipeline.vlm.vllm_load import check_vllm
 
@@ -69,11 +79,15 @@ def refuse_processor(config: RunConfig, identity: ModelIdentity, template: Templ
     """Refuse a processor, its options or a chat template that do not fit the run, before a plan is written.
 
     Raises:
-        UsageError: an option of vlm.processor does not exist.
+        UsageError: an option of vlm.processor does not exist, or the tokenizer does not bear constrained answers.
         RunFailed: the processor cannot be loaded, or prepares no prompt of the run's shape.
     """
-    start_fork_server(_PRELOAD)  # by now, where an old plan is extended
-    Processor(preparation_options(config, identity, template, fingerprint="").processor)
+    start_fork_server(PRELOAD)  # by now, where an old plan is extended
+    processor = Processor(preparation_options(config, identity, template, fingerprint="").processor)
+    if constraint := constraint_of(config.generation):
+        from pipeline.vlm.grammar import token_table
+
+        token_table(constraint, processor.tokenizer)
 
 
 def workers(
@@ -85,17 +99,45 @@ def workers(
     return preparation_pool(config, options, batcher)
 
 
+def trackers(config: RunConfig, plan: Plan, rank: int) -> Sequence[Relay]:
+    """Who is told what this rank does.
+
+    Raises:
+        UsageError: a tracker cannot work here.
+    """
+    return relays(
+        config.track,
+        config.track_dir,
+        config.prometheus_file,
+        output_dir=config.output_path,
+        plan_id=plan.plan_id,
+        settings=plan.settings,
+        rank=rank,
+    )
+
+
 def preparation_pool(
     config: RunConfig, options: PreparationOptions, batcher: Batcher
 ) -> WorkerPool[Task, list[EncodedSample | Answer]]:
     """Such processes, for whatever rows they are given."""
+    return worker_pool(config, partial(Preparation, options), max_waiting=2 * batcher.num_window_rows)
+
+
+def worker_pool(
+    config: RunConfig,
+    build: Callable[[], Callable[[Task], Result]],
+    *,
+    max_waiting: int,
+    preload: tuple[str, ...] = PRELOAD,
+) -> WorkerPool[Task, Result]:
+    """Processes as many and as bounded as the run's, for whatever is to be made of a row (see WorkerPool)."""
     return WorkerPool(
-        partial(Preparation, options),
-        num_workers=config.engine.num_workers or default_num_workers(),
+        build,
+        num_workers=num_workers(config),
         task_seconds=config.engine.worker_timeout_seconds,
         memory_bytes=config.engine.worker_memory_bytes,
-        max_waiting=2 * batcher.num_window_rows,
-        preload=_PRELOAD,
+        max_waiting=max_waiting,
+        preload=preload,
     )
 
 
@@ -150,7 +192,13 @@ def preparation_options(
         keep_images=config.write.keep_images,
         max_new_tokens=config.generation.max_new_tokens,
         max_new_tokens_column=config.generation.max_new_tokens_column,
+        choices_column=config.generation.choices_column,
     )
+
+
+def num_workers(config: RunConfig) -> int:
+    """How many of these processes a worker of the run has."""
+    return config.engine.num_workers or default_num_workers()
 
 
 def default_num_workers() -> int:
@@ -171,27 +219,36 @@ def build_engine(
         return load_vllm_engine(config.vlm, config.engine, config.generation, identity, seed=config.seed, stop=stop)
     from pipeline.tensors.replay import PixelReplay
     from pipeline.vlm.answer import Ending
+    from pipeline.vlm.grammar import AnswerForm, Grammar
     from pipeline.vlm.load import load_model
     from pipeline.vlm.sampling import Sampler
     from pipeline.vlm.slots.engine import SlotsEngine
     from pipeline.vlm.static import StaticEngine
 
+    constraint = constraint_of(config.generation)
+    form = None if constraint is None else AnswerForm(constraint)  # refuses what is missing before a model is loaded
     loaded = load_model(config.vlm, identity, num_threads=num_own_cores())
     batcher.pad_id, batcher.replay = loaded.pad_id, PixelReplay(loaded.device)
     generation = config.generation
     settings = effective_settings(generation, identity.generation_config)
     log_settings(settings, identity.generation_config)
+    ending = Ending(
+        loaded.tokenizer,
+        eos_ids=loaded.eos_ids,
+        stop=generation.stop,
+        ignore_eos=generation.ignore_eos,
+        max_repeats=generation.max_repeats,
+        form=form,
+    )
+    grammar = None
+    if constraint is not None:
+        grammar = Grammar(constraint, loaded.tokenizer, ending.eos_ids, num_threads=num_own_cores())
     parts: dict[str, Any] = {
         "loaded": loaded,
         "batcher": batcher,
         "sampler": Sampler(settings.sampling, config.seed),
-        "ending": Ending(
-            loaded.tokenizer,
-            eos_ids=loaded.eos_ids,
-            stop=generation.stop,
-            ignore_eos=generation.ignore_eos,
-            max_repeats=generation.max_repeats,
-        ),
+        "ending": ending,
+        "grammar": grammar,
         "settings": settings,
         "max_new_tokens": generation.max_new_tokens,
         "stop": stop,

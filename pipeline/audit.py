@@ -16,6 +16,7 @@ from pipeline.errors import RunFailed
 from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run, read_inputs
 from pipeline.records import Shard
+from pipeline.vlm.constraint import is_constrained
 from pipeline.write.file import Place, matching
 from pipeline.write.schema import ANSWER_FIELDS, WriteConfig, output_schema
 from pipeline.write.shard import read_shard, shard_files, shard_summary
@@ -158,6 +159,7 @@ def _schema(plan: Plan, columns: pa.Schema) -> pa.Schema:
         keep=settings["dataset.columns"],
         id_column=settings["dataset.id_column"],
         image_column=settings["dataset.image_column"],
+        is_constrained=is_constrained(settings),
     ).published
 
 

@@ -38,6 +38,11 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 Options = TypeVar("Options")
 _GROUPS = ("dataset", "prompt", "vlm", "engine", "generation", "write", "cluster", "experiment")
+# In a list: a text in quotes, or what would come back otherwise than it was written, true as True and 2.50 as 2.5.
+_TYPED = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([\[,]\s*)(true|false|nan|inf|[-+]?[.\d][\w.+-]*)(?=\s*[,\]])""",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +215,8 @@ def _value(parent: Any, name: str, key: str, text: str) -> Any:
         return _literal(text)
     if getattr(kind, "__origin__", kind) is list and text != "null" and not text.lstrip().startswith("["):
         return [_literal(text)] if text else []  # stop=END means stop=[END]
+    if getattr(kind, "__args__", None) == (str,):
+        text = _TYPED.sub(lambda found: found[1] or f"{found[2]}'{found[3]}'", text)
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={text}").value()
     except HydraException as problem:

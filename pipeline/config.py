@@ -22,6 +22,8 @@ from pipeline.option import is_speed_only, option, range_problem
 from pipeline.planning import Resume
 from pipeline.prompt.template import DEFAULT_NAME, PromptConfig
 from pipeline.redaction import is_secret_key, secret_parameter, secret_variables, without_credentials
+from pipeline.tracking.registry import Track
+from pipeline.vlm.constraint import schema_text
 from pipeline.vlm.options import (
     AutoConfig,
     EngineConfig,
@@ -80,6 +82,19 @@ class RunConfig:
         False, "where a scheduler has the work: stay, and say how far it is, until it is done", speed=True
     )
     stall_exit: bool = option(False, "after such a report, end with exit code 75 (run again)", speed=True)
+    report: bool = option(True, "write report.html at the end, a page to look at; see vlm-batch report", speed=True)
+    track: Track = option(
+        Track.none, "where rank 0 draws curves of the run: none, tensorboard or wandb (Weights & Biases)", speed=True
+    )
+    track_dir: str | None = option(
+        None, "folder of the files of tensorboard or wandb; null = tracking/ in output_dir", speed=True
+    )
+    prometheus_file: str | None = option(
+        None,
+        "file ending in .prom that each worker replaces at every heartbeat, for node_exporter's textfile collector; "
+        "rank 0's has this name, rank 3's NAME-3.prom",
+        speed=True,
+    )
 
     @property
     def output_path(self) -> Place:
@@ -181,6 +196,7 @@ def answer_settings(config: RunConfig) -> dict[str, Any]:
     settings["dataset.kind"] = config.dataset.kind
     settings["generation.kind"] = config.generation.kind
     settings["prompt.chat_template"] = config.prompt.chat_template_text()
+    settings["generation.json_schema"] = schema_text(config.generation)
     if not isinstance(config.generation, SampleConfig):
         del settings["seed"]
     return settings

@@ -16,7 +16,7 @@ def log_to_stderr(*, level: int = logging.INFO, prefix: str = "") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Shown(prefix + "%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
-    for library in ("aiobotocore", "botocore"):  # which tell where they found credentials
+    for library in ("aiobotocore", "botocore", "httpx2"):  # which tell where they found credentials, or every request
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from contextlib import suppress
 
+from pipeline.card import write_card
 from pipeline.errors import RunFailed
 from pipeline.status import Status, read_status
 from pipeline.write.claim import Claims
@@ -15,24 +16,31 @@ from pipeline.write.file import Place, replace_file
 from pipeline.write.retry import strays
 
 
-def conclude(output_dir: Place, *, is_retry: bool) -> None:
+def conclude(output_dir: Place, *, is_retry: bool) -> bool:
     """Write the manifest, unless another rank is just at it: each would read what all have done.
 
     is_retry: of a run that need not be whole.
+
+    Returns:
+        Whether this call made the manifest what it is: once at the end of a run, however many ranks end it.
 
     Raises:
         RunFailed: it could not be written, or something else lies under the name of a shard.
     """
     with Claims(output_dir / "work", uuid.uuid4().hex[:12]) as claims:
         if not claims.take("manifest"):
-            return
+            return False
+        path = output_dir / "manifest.json"
+        before = path.read_bytes() if path.is_file() else None
         status = read_status(output_dir, ended=True)
-        if not write_manifest(output_dir, status) and not is_retry:
+        is_whole = write_manifest(output_dir, status)
+        if not is_whole and not is_retry:
             left = status.plan.num_shards - status.num_shards_done
             raise RunFailed(
                 f"{left} files in {output_dir / 'data'} have names of shards and are none of this run, or went away "
                 "meanwhile. The same command with one worker (cluster=local) makes those shards."
             )
+        return is_whole and not (before is not None and _holds(path, before))
 
 
 def write_manifest(output_dir: Place, status: Status) -> bool:
@@ -70,6 +78,7 @@ def write_manifest(output_dir: Place, status: Status) -> bool:
         if not _holds(path, text):  # else another worker wrote the same and cleared work/ away under our hands
             raise RunFailed(f"{path} cannot be written: {problem}.") from problem
     crash_point("manifest_written")
+    write_card(output_dir, status)
     for stray in strays(work_dir, {plan.shard(number).name: one.generation for number, one in status.shards.items()}):
         stray.unlink(missing_ok=True)
         crash_point("stray_removed")

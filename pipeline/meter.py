@@ -8,19 +8,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.other_workers import OtherWorkers
+from pipeline.pace import Pace
 from pipeline.tally import Tally
-from pipeline.worker_stats import WorkerStats, heartbeat_seconds, is_running, read_worker_stats
+from pipeline.tracking.base import Figures, RunFigures
+from pipeline.tracking.relay import Relay, close_all
+from pipeline.vlm.base import CountingEngine
+from pipeline.worker_stats import Series, WorkerStats, heartbeat_seconds
 from pipeline.write.file import Place
 from pipeline.write.object_store import ObjectPath
 
@@ -34,36 +41,50 @@ _LINE_SECONDS = 30.0
 class Meter:
     """Times one worker; rank 0 shows them all: a bar on a terminal, a line every half minute elsewhere.
 
-    While it is entered, until it is closed, a thread writes the heartbeat, so that a worker whose model takes long to
-    load, or to answer, does not pass for dead.
+    While it is entered, until it ends, a thread writes the heartbeat, so that a worker whose model takes long to load,
+    or to answer, does not pass for dead.
+
+    Args:
+        relays: who is told the figures of each heartbeat.
     """
 
     def __init__(
-        self, tally: Tally, stats_dir: Place, *, rank: int, plan_id: str, stream: TextIO | None = None
+        self,
+        tally: Tally,
+        stats_dir: Place,
+        *,
+        rank: int,
+        plan_id: str,
+        relays: Sequence[Relay] = (),
+        stream: TextIO | None = None,
     ) -> None:
-        self._tally, self._rank, self._plan_id = tally, rank, plan_id
+        self._tally, self._rank, self._plan_id, self._relays = tally, rank, plan_id, relays
         self._path = stats_dir / f"worker-{rank}-{uuid.uuid4().hex[:8]}.json"
         self._heartbeat_seconds = heartbeat_seconds(stats_dir)
-        self._others = _Others(self._path, plan_id)
+        self._others = OtherWorkers(self._path, plan_id)
         self._num_done_before = tally.num_done
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._started_at = time.time()
-        self._last_look = self._last_line = self._started
+        self._last_line = self._started
         self.waiting_for_input_seconds = self.writing_seconds = 0.0
         self.loading_seconds = 0.0
+        self._series = Series("seconds", "num_answered", "waiting_for_input_seconds")
         self._bar: Any = None
+        self._engine: CountingEngine | None = None
+        self._rows, self._tokens = Pace(), Pace()  # of all workers, where somebody is told
         self._state = "loading"
         self._closing = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Meter:
-        self.write(self._state, {})
+        self.beat()
         self._heart.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._close()
+        close_all(self._relays)
 
     @property
     def seconds(self) -> float:
@@ -79,9 +100,9 @@ class Meter:
     def tokens_per_second(self) -> float:
         return self._tally.num_generated_tokens / max(1e-9, self.seconds - self.loading_seconds)
 
-    def loaded(self) -> None:
-        """The model is loaded: answers can come from here on."""
-        self.loading_seconds, self._state = self.seconds, "running"
+    def loaded(self, engine: CountingEngine | None = None) -> None:
+        """The model is loaded: answers can come from here on. engine: says in each heartbeat what it did so far."""
+        self.loading_seconds, self._state, self._engine = self.seconds, "running", engine
         self._last_line = time.monotonic()
         if self._rank == 0 and self._stream.isatty():
             self._bar = tqdm(
@@ -111,22 +132,67 @@ class Meter:
 
     def show(self) -> None:
         """Bring bar or line up to date; cheap, called after every answer."""
+        self._series.add(*self._point)
         if self._rank:
             return
         if self._bar is not None:
             self._bar.update(self._num_done - self._bar.n)
         now = time.monotonic()
-        if now - self._last_look >= self._heartbeat_seconds:
-            self._last_look = now
-            self._others.look()
-            self._postfix()
         if self._bar is None and now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
             print(self._line(), file=self._stream, flush=True)
 
-    def write(self, state: str, more: Mapping[str, Any]) -> None:
+    def beat(self) -> None:
+        """A heartbeat: say what this worker did, and at rank 0 look what the others say."""
+        self._say(self._state, {})
+
+    def end(self, state: str, more: Mapping[str, Any]) -> None:
+        """The last word, after which no heartbeat follows. more: what is known at the end alone."""
+        self._close()
+        self._say(state, more)
+        close_all(self._relays)
+
+    def _close(self) -> None:
+        self._closing.set()
+        if self._heart.is_alive():
+            self._heart.join()
+        if self._bar is not None:
+            self._bar.update(self._num_done - self._bar.n)
+            self._postfix()
+            self._bar.close()
+            self._bar = None
+
+    def _beat(self) -> None:
+        while not self._closing.wait(self._heartbeat_seconds):
+            self.beat()
+
+    def _say(self, state: str, more: Mapping[str, Any]) -> None:
+        content = self._content(state)
+        self._write(content | dict(more))
+        if self._rank == 0:
+            self._others.look()
+            self._postfix()
+        if self._relays:
+            run = self._run_figures(content) if self._rank == 0 else None
+            for relay in self._relays:
+                relay.tell(Figures(content, self._tally.num_records, run))
+
+    def _write(self, content: Mapping[str, Any]) -> None:
         """stats/worker-RANK-*.json: what this worker did, replaced in one step."""
+        text = json.dumps(content, indent=1)
+        try:
+            if isinstance(self._path, ObjectPath):
+                self._path.replace(text.encode())
+            else:
+                beside = self._path.with_suffix(".tmp")
+                beside.write_text(text)
+                os.replace(beside, self._path)
+        except OSError as problem:  # a full disk ends the run where an answer cannot be kept, not where a figure cannot
+            log.warning("%s could not be written: %s", self._path, problem)
+
+    def _content(self, state: str) -> dict[str, Any]:
         tally = self._tally
+        self._series.add(*self._point)
         content = {
             "plan_id": self._plan_id,
             "rank": self._rank,
@@ -145,33 +211,33 @@ class Meter:
             "num_generated_tokens": tally.num_generated_tokens,
             "rows_per_second": round(self.rows_per_second, 3),
             "tokens_per_second": round(self.tokens_per_second, 3),
-            "error_examples": tally.examples,
+            "memory_bytes": resident_bytes(),
+            "error_examples": dict(tally.examples),
+            "newest_errors": list(tally.newest_errors),
+            "series": self._series.until(*self._point),
         }
-        text = json.dumps(content | dict(more), indent=1)
-        try:
-            if isinstance(self._path, ObjectPath):
-                self._path.replace(text.encode())
-            else:
-                beside = self._path.with_suffix(".tmp")
-                beside.write_text(text)
-                os.replace(beside, self._path)
-        except OSError as problem:  # a full disk ends the run where an answer cannot be kept, not where a figure cannot
-            log.warning("%s could not be written: %s", self._path, problem)
+        return content | ({"engine": asdict(self._engine.counts)} if self._engine else {})
 
-    def close(self) -> None:
-        """No heartbeat follows: what is written after this is the last word."""
-        self._closing.set()
-        if self._heart.is_alive():
-            self._heart.join()
-        if self._bar is not None:
-            self._bar.update(self._num_done - self._bar.n)
-            self._postfix()
-            self._bar.close()
-            self._bar = None
+    def _run_figures(self, own: WorkerStats) -> RunFigures:
+        """Of all workers, as of the last look at the others."""
+        others, at_work = self._others, [own, *self._others.running]
+        self._rows.note(self.seconds, self._num_done)
+        self._tokens.note(self.seconds, own["num_generated_tokens"] + others.num_generated_tokens)
+        seconds = sum(worker["seconds"] - worker["loading_seconds"] for worker in at_work if worker["loading_seconds"])
+        waiting = sum(worker["waiting_for_input_seconds"] for worker in at_work)
+        return RunFigures(
+            rows_done=self._num_done,
+            errors=self._tally.num_errors + others.num_errors,
+            workers=others.num_running + (own["state"] in ("loading", "running")),
+            rows_per_second=self._rows.per_second or 0.0,
+            tokens_per_second=self._tokens.per_second or 0.0,
+            waiting_share=waiting / max(1e-9, seconds),
+            memory_bytes=sum(worker.get("memory_bytes", 0) for worker in at_work),
+        )
 
-    def _beat(self) -> None:
-        while not self._closing.wait(self._heartbeat_seconds):
-            self.write(self._state, {})
+    @property
+    def _point(self) -> tuple[float, float, float]:
+        return self.seconds, self._tally.num_answered, self.waiting_for_input_seconds
 
     @property
     def _num_done(self) -> int:
@@ -195,31 +261,13 @@ class Meter:
         return f"{tokens_per_second:.0f} tokens/s, {self._tally.num_errors + self._others.num_errors:,} errors{workers}"
 
 
-class _Others:
-    """The other workers of a run, as their heartbeats say; what they did before this one began does not count."""
-
-    def __init__(self, own_path: Place, plan_id: str) -> None:
-        self._own_path, self._plan_id = own_path, plan_id
-        self.num_answered = self.num_errors = self.num_running = 0
-        self.rows_per_second = self.tokens_per_second = 0.0
-        self._before = {worker["name"]: worker for worker in self._stats()}
-
-    def look(self) -> None:
-        """Read their heartbeats."""
-        there = list(self._stats())
-        running = [worker for worker in there if is_running(worker)]
-        self.num_running = len(running)
-        self.num_answered, self.num_errors = (self._since(there, key) for key in ("num_answered", "num_errors"))
-        self.rows_per_second, self.tokens_per_second = (
-            sum(worker[key] for worker in running) for key in ("rows_per_second", "tokens_per_second")
-        )
-
-    def _since(self, there: Iterable[WorkerStats], key: str) -> int:
-        return sum(worker.get(key, 0) - self._before.get(worker["name"], {}).get(key, 0) for worker in there)
-
-    def _stats(self) -> list[WorkerStats]:
-        found = read_worker_stats(self._own_path.parent, self._plan_id)
-        return [worker for worker in found if worker["name"] != self._own_path.stem]
+def resident_bytes() -> int:
+    """Memory of this process that is in use now, or where Linux does not say it, the most that ever was."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def duration(seconds: float) -> str:

@@ -21,8 +21,10 @@ from pipeline.write.object_store import ObjectPath
 log = logging.getLogger(__name__)
 
 OLD_FOLDER = "old"
-_NAMES = (PLAN_FILE, "work", "data", "plan", "manifest.json", "stats", "report.html", "README.md")
-_NAMES += ("score.json", "score_rows.parquet")
+_NAMES = (
+    *(PLAN_FILE, "work", "data", "plan", "manifest.json", "stats", "tracking"),
+    *("report.html", "README.md", "score.json", "score_rows.parquet"),
+)
 _UNFINISHED = "moving"  # a file in old/PLAN_ID until all has arrived there
 
 

@@ -7,36 +7,21 @@ compares its settings with the plan's and reads nothing of the source to do so.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import itertools
 import json
 import os
-import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.dataset.base import Inputs
 from pipeline.dataset.extend import extended_inputs
+from pipeline.draft import drafted, grown_plan, inputs_content, may_grow, refuse_nothing_asked, versioned
 from pipeline.errors import RunFailed, SettingsChanged, UsageError
 from pipeline.overwrite import finish_moving, move_aside
-from pipeline.plan import (
-    LOCATIONS,
-    SOURCE,
-    Plan,
-    Settings,
-    fingerprint,
-    read_inputs,
-    read_plan,
-    source_identity,
-    versions,
-)
+from pipeline.plan import LOCATIONS, SOURCE, Plan, Settings, read_inputs, read_plan, source_identity
 from pipeline.redaction import without_credentials
 from pipeline.write.crash_point import crash_point
 from pipeline.write.file import (
@@ -50,10 +35,7 @@ from pipeline.write.file import (
 )
 from pipeline.write.goal import PLAN_FILE
 from pipeline.write.object_store import ObjectPath
-from pipeline.write.schema import SCHEMA_VERSION
 from pipeline.write.shard import published_shards, shard_files
-
-_MAX_ROWS = "dataset.max_rows"
 
 
 class Resume(StrEnum):
@@ -85,12 +67,8 @@ def open_plan(
         UsageError: the folder holds shards but no plan, or nothing is asked about a row; nothing was touched.
         RunFailed: the folder cannot be written.
     """
-    if min(shard_rows, num_samples, len(prompt_names)) < 1:
-        raise UsageError(
-            f"write.shard_rows={shard_rows}, generation.n={num_samples}, {len(prompt_names)} prompts: each must be at "
-            "least 1."
-        )
-    settings = dict(settings) | {"schema_version": SCHEMA_VERSION}
+    refuse_nothing_asked(shard_rows, num_samples, prompt_names)
+    settings = versioned(settings)
     finish_moving(output_dir)
     inputs: Inputs | None = None
     if plan := read_plan(output_dir):
@@ -105,40 +83,29 @@ def open_plan(
             move_aside(output_dir, plan.plan_id)
         else:
             if not (output_dir / plan.inputs_file).exists():  # the first start was killed between the two files
-                _place_inputs(output_dir, plan, _inputs_content(found or scan()))
+                _place_inputs(output_dir, plan, inputs_content(found or scan()))
             return plan if found is None else replace(plan, root=found.root)
-    if next(shard_files(output_dir / "data"), None):
-        raise UsageError(
-            f"{output_dir} holds shards but no {PLAN_FILE}. Restore {PLAN_FILE}, or choose another output_dir."
-        )
+    refuse_stray_shards(output_dir)
     try:
         prove_writable(output_dir)  # before a scan that may take minutes
     except OSError as problem:
-        raise _unwritable(output_dir, problem) from problem
+        raise unwritable(output_dir, problem) from problem
     inputs = inputs or scan()
     make_folders(output_dir)
-    identity = source_identity(inputs, max_rows)
-    settings |= identity
-    content = _inputs_content(inputs)
-    plan = Plan(
-        plan_id=uuid.uuid4().hex,  # never from a clock: jobs start in the same second
-        fingerprint=fingerprint(settings),
-        settings=settings,
-        num_rows=identity["dataset.num_rows"],
-        extents=(identity["dataset.num_rows"],),
+    plan, content = drafted(
+        inputs,
+        settings,
+        max_rows=max_rows,
         shard_rows=shard_rows,
-        prompt_names=tuple(prompt_names),
+        prompt_names=prompt_names,
         num_samples=num_samples,
-        root=inputs.root,
-        inputs_sha256=hashlib.sha256(content).hexdigest(),
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        versions=versions(),
     )
+    settings = plan.settings
     crash_point("plan_ready")
     try:
         won = create_file(output_dir / PLAN_FILE, _plan_content(plan), beside=output_dir / "work")
     except OSError as problem:
-        raise _unwritable(output_dir, problem) from problem
+        raise unwritable(output_dir, problem) from problem
     if not won:
         plan = read_plan(output_dir) or plan  # another first start was quicker: its plan holds
         refuse_changes(output_dir, plan, settings, lambda: inputs, max_rows)
@@ -194,29 +161,17 @@ def _extended(
         SettingsChanged: something else has changed, too.
         UsageError: what was planned is not there as it was.
     """
-    may_differ = (*LOCATIONS, _MAX_ROWS)
-    if any(settings[name] != plan.settings.get(name) for name in settings if name not in may_differ):
+    if not may_grow(plan, settings):
         return plan  # refused by the comparison that follows
     found = scan()
     with alone(output_dir / "plan" / ".lock"):  # of several starts one extends, and the others obey
         version = version_of(output_dir / PLAN_FILE)
         plan = read_plan(output_dir) or plan
         inputs = extended_inputs(read_inputs(output_dir, plan), found, bool(settings.get("dataset.id_column")))
-        identity = source_identity(inputs, max_rows)
-        num_rows = identity["dataset.num_rows"]
-        same_limit = settings.get(_MAX_ROWS) == plan.settings.get(_MAX_ROWS)
-        if num_rows < plan.num_rows or (num_rows == plan.num_rows and same_limit):
+        grown = grown_plan(plan, inputs, settings, max_rows)
+        if grown is None:
             return plan
-        content = _inputs_content(inputs)
-        sha256 = hashlib.sha256(content).hexdigest()
-        plan = replace(
-            plan,
-            settings=dict(plan.settings) | identity | {_MAX_ROWS: settings.get(_MAX_ROWS)},
-            num_rows=num_rows,
-            extents=(*plan.extents, num_rows) if num_rows > plan.num_rows else plan.extents,
-            inputs_file=f"plan/inputs-{sha256[:12]}.parquet",  # the one that the plan names stays until then
-            inputs_sha256=sha256,
-        )
+        plan, content = grown
         make_folders(output_dir)
         replace_file(output_dir / plan.inputs_file, content, beside=output_dir / "work")
         crash_point("inputs_extended")
@@ -242,22 +197,12 @@ def make_folders(output_dir: Place) -> None:
             (output_dir / name).mkdir(parents=True, exist_ok=True)
             prove_writable(output_dir / name)
     except OSError as problem:
-        raise _unwritable(output_dir, problem) from problem
+        raise unwritable(output_dir, problem) from problem
 
 
 def _has_answers(output_dir: Place) -> bool:
     journals = (path for path in (output_dir / "work").glob("*.journal") if path.stat().st_size)
     return next(shard_files(output_dir / "data"), None) is not None or next(journals, None) is not None
-
-
-def _inputs_content(inputs: Inputs) -> bytes:
-    """The bytes of plan/inputs.parquet: the same for the same source, wherever it lies."""
-    columns = base64.b64encode(inputs.columns.serialize().to_pybytes()).decode()
-    header = json.dumps({"revision": inputs.revision, "columns": columns})
-    sink = pa.BufferOutputStream()
-    files = inputs.files.replace_schema_metadata({b"vlm_batch_inputs": header.encode()})
-    pq.write_table(files, sink, compression="zstd", write_page_checksum=True)
-    return bytes(sink.getvalue())
 
 
 def _place_inputs(output_dir: Place, plan: Plan, content: bytes) -> None:
@@ -269,7 +214,7 @@ def _place_inputs(output_dir: Place, plan: Plan, content: bytes) -> None:
         path.parent.mkdir(exist_ok=True)
         replace_file(path, content, beside=output_dir / "work")  # who else does this now has the same bytes
     except OSError as problem:
-        raise _unwritable(output_dir, problem) from problem
+        raise unwritable(output_dir, problem) from problem
 
 
 def _source_is_gone(output_dir: Place, plan: Plan) -> bool:
@@ -279,7 +224,20 @@ def _source_is_gone(output_dir: Place, plan: Plan) -> bool:
     return len(published_shards(output_dir / "data", plan.plan_id)) < plan.num_shards
 
 
-def _unwritable(output_dir: Place, problem: OSError) -> RunFailed:
+def refuse_stray_shards(output_dir: Place) -> None:
+    """Refuse a folder without a plan that holds shards: they are somebody's.
+
+    Raises:
+        UsageError: it does.
+    """
+    if next(shard_files(output_dir / "data"), None):
+        raise UsageError(
+            f"{output_dir} holds shards but no {PLAN_FILE}. Restore {PLAN_FILE}, or choose another output_dir."
+        )
+
+
+def unwritable(output_dir: Place, problem: OSError) -> RunFailed:
+    """What is said of a folder that cannot be written."""
     return RunFailed(f"output_dir {output_dir} cannot be written: {problem}. Choose a writable folder, or make room.")
 
 

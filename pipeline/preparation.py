@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipeline.errors import RowFault
@@ -18,6 +19,7 @@ from pipeline.prompt.image import OpenedImage, decode_image, image_bytes
 from pipeline.prompt.template import Template
 from pipeline.records import Answer, EncodedSample, Fault, ImageRef, Prompt, PromptFacts, RecordKey, Row, Stage
 from pipeline.tensors.processor import Processor, ProcessorSource
+from pipeline.vlm.constraint import choices_problem
 
 _KEPT_PIXELS = 1 << 24  # 50 MB of what a worker may take
 
@@ -41,6 +43,7 @@ class PreparationOptions:
     allow_urls: bool
     max_new_tokens: int
     max_new_tokens_column: str | None
+    choices_column: str | None = None
     keep_images: bool = False  # their bytes go back with the results
 
 
@@ -58,14 +61,14 @@ class Preparation:
         try:
             if row.fault is not None:
                 raise RowFault(row.fault.stage, row.fault.kind, row.fault.message)
-            cap = self._cap(row)
+            cap, choices = self._cap(row), self._choices(row)
         except RowFault as fault:
             return errors(task, fault)
         self._images.begin_row()
         results: list[EncodedSample | Answer] = []
         for name in dict.fromkeys(key.prompt_name for key in task.keys):
             keys = [key for key in task.keys if key.prompt_name == name]
-            results += self._prepared(row, keys, cap)
+            results += self._prepared(row, keys, cap, choices)
         return [self._with_images(result, row) for result in results] if self._options.keep_images else results
 
     def _with_images(self, result: EncodedSample | Answer, row: Row) -> EncodedSample | Answer:
@@ -81,7 +84,9 @@ class Preparation:
         prompt = self._options.template.prompt(row, prompt_name, self.processor.neutral)
         return self.processor.text(prompt.messages, [])
 
-    def _prepared(self, row: Row, keys: Sequence[RecordKey], cap: int | None) -> list[EncodedSample | Answer]:
+    def _prepared(
+        self, row: Row, keys: Sequence[RecordKey], cap: int | None, choices: tuple[str, ...]
+    ) -> list[EncodedSample | Answer]:
         facts = PromptFacts(num_images=len(row.images))
         try:
             prompt = self._options.template.prompt(row, keys[0].prompt_name, self.processor.neutral)
@@ -102,7 +107,8 @@ class Preparation:
         )
         room = self._room(encoded.num_prompt_tokens, cap)
         return [
-            EncodedSample(key, row.id, encoded.tensors, facts, room, encoded.image_key, encoded.compact) for key in keys
+            EncodedSample(key, row.id, encoded.tensors, facts, room, encoded.image_key, encoded.compact, choices)
+            for key in keys
         ]
 
     def _image_facts(self, facts: PromptFacts, prompt: Prompt, images: Sequence[OpenedImage]) -> PromptFacts:
@@ -132,6 +138,19 @@ class Preparation:
             message = f"{column} is {value!r}; expected a whole number of tokens, at least 1"
             raise RowFault(Stage.TEMPLATE, "TokenCap", message)
         return int(cap)
+
+    def _choices(self, row: Row) -> tuple[str, ...]:
+        column = self._options.choices_column
+        if column is None:
+            return ()
+        value = row.columns.get(column)
+        if isinstance(value, str):  # CSV has only text
+            with suppress(ValueError):
+                value = json.loads(value)
+        choices = [str(one) for one in value] if isinstance(value, (list, tuple)) and None not in value else []
+        if problem := choices_problem(choices):
+            raise RowFault(Stage.TEMPLATE, "Choices", f"{column} is {value!r:.200}: {problem}")
+        return tuple(choices)
 
     def _room(self, num_prompt_tokens: int, cap: int | None) -> int:
         """Tokens that the answer may take: its caps, and what the prompt leaves of the model's context."""

@@ -131,6 +131,7 @@ class EncodedSample:
     max_new_tokens: int | None = None  # this row's own cap, from generation.max_new_tokens_column
     image_key: str | None = None  # samples with equal keys give the model equal images; None without images
     compact: CompactImages | None = None
+    choices: tuple[str, ...] = ()  # this row's own, from generation.choices_column: the answer is one of them
 
     @property
     def num_tokens(self) -> int:
@@ -161,6 +162,8 @@ class Answer:
     finish_reason: FinishReason | None = None
     num_generated_tokens: int | None = None
     fault: Fault | None = None
+    response_json: str | None = None  # of a constrained answer that came to be what it has to be
+    parse_ok: bool | None = None  # whether it did; None where answers are free
 
 
 @dataclass(frozen=True, slots=True)

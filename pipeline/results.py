@@ -8,8 +8,8 @@ input's columns by `input.` and their name, as in a journal: an input column may
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from pipeline.errors import RunFailed, UsageError
 from pipeline.plan import Plan, plan_of_run, read_plan
 from pipeline.write.file import Place, matching, open_read, place
-from pipeline.write.schema import ANSWER_FIELDS, PLAN_FIELDS
+from pipeline.write.schema import ANSWER_FIELDS, FORM_FIELDS, PLAN_FIELDS, ShardSummary
 from pipeline.write.shard import read_shard, shard_files, summaries_of_plan
 
 INPUT = "input."  # before the name of a column of the input
-OURS = tuple(field.name for field in (*ANSWER_FIELDS, *PLAN_FIELDS))
+OURS = tuple(field.name for field in (*ANSWER_FIELDS, *FORM_FIELDS, *PLAN_FIELDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Results:
     num_records: int
     plan: Plan | None  # None where the files are not of a run
     names: dict[str, str]  # our column -> its name in the files
+    summaries: Mapping[int, ShardSummary] = field(default_factory=dict)  # by number of the shard; of a run alone
 
     @property
     def complete(self) -> bool:
@@ -56,10 +57,24 @@ class Results:
             UsageError: there is no such column.
             RunFailed: a file cannot be read.
         """
-        names = [self._name(column) for column in columns]
         for path in self.files:
-            table = read_shard(path, list(dict.fromkeys(names)))
-            yield pa.table({column: _plain(table[name]) for column, name in zip(columns, names, strict=True)})
+            yield self.table(path, columns)
+
+    def table(self, path: Place, columns: Sequence[str]) -> pa.Table:
+        """The records of one of the files, as tables() gives them."""
+        names = [self.in_file(column) for column in columns]
+        table = read_shard(path, list(dict.fromkeys(names)))
+        return pa.table({column: _plain(table[name]) for column, name in zip(columns, names, strict=True)})
+
+    def lengths(self) -> list[int]:
+        """How many records each file has, as its footer says.
+
+        Raises:
+            RunFailed: a file cannot be read.
+        """
+        if self.plan is not None:
+            return [self.summaries[number].num_rows for number in sorted(self.summaries)]
+        return [_num_rows(path) for path in self.files]
 
     def column(self, name: str) -> str:
         """How a column that the user named as it is called in the files is asked for in tables().
@@ -72,7 +87,12 @@ class Results:
         by_file = {in_file: ours for ours, in_file in self.names.items()}
         return by_file.get(name, INPUT + name)
 
-    def _name(self, column: str) -> str:
+    def in_file(self, column: str) -> str:
+        """The name in the files of a column as tables() takes it.
+
+        Raises:
+            UsageError: there is no such column.
+        """
         if column.startswith(INPUT) and column.removeprefix(INPUT) in self.schema.names:
             return column.removeprefix(INPUT)
         name = self.names.get(column)
@@ -104,7 +124,7 @@ def results_of_run(output_dir: Place) -> Results:
     names = {name: prefix + (response if name == "response" else name) for name in OURS}
     names = {name: in_file for name, in_file in names.items() if in_file in schema.names}
     num_records = sum(summary.num_rows for summary in summaries.values())
-    return Results(output_dir, files, schema, num_records, plan, names)
+    return Results(output_dir, files, schema, num_records, plan, names, dict(sorted(summaries.items())))
 
 
 def results_at(address: str) -> Results:

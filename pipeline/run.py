@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.agenda import Agenda
-from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, workers
+from pipeline.assembly import build_engine, parity_check, refuse_model, refuse_processor, trackers, workers
 from pipeline.config import RunConfig, answer_settings
 from pipeline.dataset.base import Inputs
 from pipeline.errors import ErrorBudgetExceeded, Interrupted, RunFailed, UsageError
@@ -29,9 +29,11 @@ from pipeline.plan import Plan, changed_versions, read_inputs, read_plan
 from pipeline.planning import Resume, make_folders, open_plan
 from pipeline.prompt.template import Template
 from pipeline.records import Answer
+from pipeline.report.report import report_at_end
 from pipeline.tally import Tally
 from pipeline.tensors.batch import Batcher
 from pipeline.vlm.base import Engine
+from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.generation import effective_settings
 from pipeline.vlm.identity import ModelIdentity, identify
 from pipeline.watchdog import Watchdog
@@ -59,7 +61,9 @@ def run(config: RunConfig, only: Collection[str] | None, rank: int, world: int) 
     """
     with Interruption(config.grace_seconds) as stop:
         if run_share(config, only, rank, world, stop):
-            conclude(config.output_path, is_retry=only is not None)
+            is_last = conclude(config.output_path, is_retry=only is not None)
+            if is_last and config.report:
+                report_at_end(config.output_path, is_stopped=lambda: stop.requested)
 
 
 def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world: int, stop: Interruption) -> bool:
@@ -83,7 +87,8 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
     make_folders(output_dir)
     inputs = read_inputs(output_dir, plan, address=config.dataset.path)
     template, schema = checked(config, inputs)
-    meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id)
+    relays = trackers(config, plan, rank)
+    meter = Meter(tally, output_dir / "stats", rank=rank, plan_id=plan.plan_id, relays=relays)
     attempt_id = f"{rank}-{uuid.uuid4().hex[:12]}"
     engine: Engine | None = None
     parity: ParityCheck | None = None
@@ -126,7 +131,7 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
         try:
             engine = build_engine(config, identity, batcher, stop, settle=KernelChoices(output_dir))
             parity = parity_check(config, engine, batcher, num_records=agenda.num_records(todo))
-            meter.loaded()
+            meter.loaded(engine)
             kept_images = config.dataset.image_column if config.write.keep_images else None
             feed = Feed(plan, config.dataset.open(inputs), goal, ledger, claims, kept_images)
             for tasks in feed.streams(todo):
@@ -148,10 +153,9 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
             try:
                 ledger.close()
             finally:  # what cannot be journalled must not leave a worker that reads as running
-                meter.close()
                 by_engine = {"engine": asdict(engine.counts), "numerics": dict(engine.numerics)} if engine else {}
                 compared = parity.report if parity else {}
-                meter.write(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
+                meter.end(state, {"num_shards_published": ledger.num_published} | by_engine | compared)
     return True
 
 
@@ -189,9 +193,7 @@ def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Templa
 
     return open_plan(
         config.output_path,
-        answer_settings(config)
-        | effective_settings(config.generation, identity.generation_config).fingerprint
-        | identity.settings,
+        settings_of(config, identity),
         scan=scan,
         max_rows=config.dataset.max_rows,
         shard_rows=config.write.shard_rows,
@@ -199,6 +201,12 @@ def planned(config: RunConfig, identity: ModelIdentity, refuse: Callable[[Templa
         num_samples=config.generation.n,
         resume=config.resume,
     )
+
+
+def settings_of(config: RunConfig, identity: ModelIdentity) -> dict[str, Any]:
+    """Everything that changes answers, the source's identity aside: what a start compares with the folder's plan."""
+    generation = effective_settings(config.generation, identity.generation_config)
+    return answer_settings(config) | generation.fingerprint | identity.settings
 
 
 def scanned(config: RunConfig) -> Inputs:
@@ -222,9 +230,10 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
     """
     columns = inputs.columns.names
     template = config.prompt.build(columns, has_messages=config.dataset.messages_column is not None)
-    cap = config.generation.max_new_tokens_column
-    if cap is not None and cap not in columns:
-        raise UsageError(f"generation.max_new_tokens_column={cap}: there is no such column; the columns are {columns}.")
+    for key in ("max_new_tokens_column", "choices_column"):
+        name = getattr(config.generation, key)
+        if name is not None and name not in columns:
+            raise UsageError(f"generation.{key}={name}: there is no such column; the columns are {columns}.")
     dataset = config.dataset
     schema = output_schema(
         config.write,
@@ -232,6 +241,7 @@ def checked(config: RunConfig, inputs: Inputs) -> tuple[Template, OutputSchema]:
         keep=dataset.columns,
         id_column=dataset.id_column,
         image_column=dataset.image_column,
+        is_constrained=constraint_of(config.generation) is not None,
     )
     return template, schema
 

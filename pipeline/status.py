@@ -5,17 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from pipeline.meter import duration
 from pipeline.option import option
 from pipeline.plan import Plan, plan_of_run
-from pipeline.worker_stats import WorkerStats, is_running, read_worker_stats
+from pipeline.worker_stats import WorkerStats, WorkerStatsFiles, is_running
 from pipeline.write.file import Place
-from pipeline.write.journal import count_journal_rows
+from pipeline.write.journal import JournalCount
+from pipeline.write.object_store import ObjectPath
 from pipeline.write.schema import ShardSummary
-from pipeline.write.shard import published_shards
+from pipeline.write.seen import SeenFiles
+from pipeline.write.shard import shards_there, summary_of_plan
 
 _MOST_LINES = 16  # about workers
 
@@ -24,7 +27,8 @@ _MOST_LINES = 16  # about workers
 class StatusOptions:
     """The words that only `vlm-batch status` knows."""
 
-    watch: bool = option(False, "show it every 5 seconds until the run is done")
+    watch: bool = option(False, "show it live until the run is done; q or Ctrl-C ends the look, never the run")
+    idle_seconds: float = option(300.0, "seconds without any worker at work after which watch=true ends", least=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Status:
     plan: Plan
     shards: Mapping[int, ShardSummary]  # the published ones, by number
     num_journalled: int  # records in journals of other shards, about: two attempts may have answered the same one
+    journalled_errors: Mapping[str, int] = field(default_factory=dict)  # by "stage/type"
     workers: tuple[WorkerStats, ...] = ()  # of this plan, newest first
 
     @property
@@ -47,8 +52,8 @@ class Status:
 
     @property
     def errors(self) -> Mapping[str, int]:
-        """Published error records by "stage/type", the commonest first."""
-        found: Counter[str] = Counter()
+        """Error records by "stage/type", the commonest first."""
+        found = Counter(self.journalled_errors)
         for summary in self.shards.values():
             found.update(summary.errors)
         return dict(found.most_common())
@@ -74,16 +79,54 @@ def read_status(output_dir: Place, *, ended: bool = False) -> Status:
 
     Raises:
         UsageError: there is no run in this folder.
+        RunFailed: a shard is there and cannot be read now.
     """
-    plan = plan_of_run(output_dir)
-    shards = published_shards(output_dir / "data", plan.plan_id, range(plan.num_shards) if ended else ())
-    workers = read_worker_stats(output_dir / "stats", plan.plan_id)
-    return Status(
-        plan=plan,
-        shards=shards,
-        num_journalled=sum(_journalled(output_dir, plan, done=shards.keys())),
-        workers=tuple(sorted(workers, key=lambda worker: -worker["started"])),
-    )
+    return StatusReader(output_dir).read(ended=ended)
+
+
+class StatusReader:
+    """Reads the status of a run again and again, and of its files only what is new: a run has thousands of shards."""
+
+    def __init__(self, output_dir: Place) -> None:
+        self._output_dir = output_dir
+        self._stats = WorkerStatsFiles(output_dir / "stats")
+        self._plan_id = ""
+
+    def read(self, *, ended: bool = False) -> Status:
+        """The status now. ended: as read_status() takes it.
+
+        Raises:
+            UsageError, RunFailed: as read_status().
+        """
+        plan = plan_of_run(self._output_dir)
+        if plan.plan_id != self._plan_id:
+            self._plan_id = plan.plan_id
+            self._shards = SeenFiles(partial(summary_of_plan, plan_id=plan.plan_id))
+            self._journals: dict[str, JournalCount] = {}
+        files = shards_there(self._output_dir / "data", range(plan.num_shards) if ended else ())
+        numbers = {path.name: (number, path) for number, path in files.items()}
+        summaries = self._shards.read(path for _, path in numbers.values())
+        shards = {numbers[name][0]: found for name, found in summaries.items() if found is not None}
+        self._count_journals(plan, done=shards.keys())
+        workers = self._stats.read(plan.plan_id)
+        return Status(
+            plan=plan,
+            shards=shards,
+            num_journalled=sum(count.num_rows for count in self._journals.values()),
+            journalled_errors=sum((count.errors for count in self._journals.values()), Counter()),
+            workers=tuple(sorted(workers, key=lambda worker: -worker["started"])),
+        )
+
+    def _count_journals(self, plan: Plan, done: Collection[int]) -> None:
+        """Those whose shard is not published: what a killed worker left beside a shard counts once."""
+        names = {plan.shard(number).name for number in done}
+        known, self._journals = self._journals, {}
+        for path in (self._output_dir / "work").glob("part-*.journal"):
+            if path.name.partition(".")[0] in names:
+                continue
+            count = self._journals[path.name] = known.get(path.name, JournalCount())
+            if not count.num_bytes or not isinstance(path, ObjectPath):  # an object never grows
+                count.look(path, plan_id=plan.plan_id)
 
 
 def status_lines(output_dir: Place, status: Status) -> Iterator[str]:
@@ -125,8 +168,7 @@ def progress_line(output_dir: Place) -> str:
 def _worker_lines(running: Sequence[WorkerStats]) -> Iterator[str]:
     """A few workers one by one; of many those that are much slower than most."""
     at_work = [worker for worker in running if worker["state"] == "running"]
-    usual = statistics.median(worker["rows_per_second"] for worker in at_work) if at_work else 0.0
-    slow = [worker for worker in at_work if worker["rows_per_second"] < usual / 2]
+    slow = slower_than_most(at_work, lambda worker: float(worker["rows_per_second"]))
     told = running if len(running) <= _MOST_LINES else slow[:_MOST_LINES]
     for worker in sorted(told, key=lambda worker: worker["rank"]):
         heard = duration(max(0.0, time.time() - worker["updated"]))
@@ -135,6 +177,12 @@ def _worker_lines(running: Sequence[WorkerStats]) -> Iterator[str]:
             f"{worker['rows_per_second']:.1f} rows/s, heard of {heard} ago"
             + (", slower than most" if worker in slow else "")
         )
+
+
+def slower_than_most(workers: Sequence[WorkerStats], rate: Callable[[WorkerStats], float]) -> list[WorkerStats]:
+    """Workers with less than half of the usual rate (the median)."""
+    usual = statistics.median(map(rate, workers)) if workers else 0.0
+    return [worker for worker in workers if rate(worker) < usual / 2]
 
 
 def _number(things: Sequence[object], name: str) -> str:
@@ -155,11 +203,3 @@ def phases(workers: Sequence[WorkerStats]) -> dict[str, float]:
         name: value / whole for name, value in seconds.items() if value or name in ("waiting for input", "writing")
     }
     return shares | {"other": max(0.0, 1 - sum(shares.values()))}
-
-
-def _journalled(output_dir: Place, plan: Plan, done: Collection[int]) -> Iterator[int]:
-    """Records of each journal whose shard is not published: what a killed worker left beside a shard counts once."""
-    names = {plan.shard(number).name for number in done}
-    for path in (output_dir / "work").glob("part-*.journal"):
-        if path.name.partition(".")[0] not in names:
-            yield count_journal_rows(path, plan_id=plan.plan_id)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.records import Answer
 
 _MAX_EXAMPLE_CHARACTERS = 300
+_NUM_NEWEST = 5
 
 
 @dataclass(slots=True)
@@ -22,6 +24,8 @@ class Tally:
     num_failed: int = 0  # error records, by this start
     errors: Counter[str] = field(default_factory=Counter)  # "stage/type" -> records, resumed ones included
     examples: dict[str, str] = field(default_factory=dict)  # "stage/type" -> id and message of this start's first
+    newest_errors: deque[tuple[float, str, str]] = field(default_factory=lambda: deque(maxlen=_NUM_NEWEST))
+    # of this start: time, "stage/type", id and message
 
     @property
     def num_errors(self) -> int:
@@ -48,3 +52,4 @@ class Tally:
             # Of an image file mostly with its path, which says more than the id.
             named = message if f"/{answer.id}:" in f"/{message}" else f"{answer.id}: {message}"
             self.examples.setdefault(error, named[:_MAX_EXAMPLE_CHARACTERS])
+            self.newest_errors.append((time.time(), error, named[:_MAX_EXAMPLE_CHARACTERS]))

@@ -49,11 +49,12 @@ def test_what_others_have_done_counts(tmp_path: Path) -> None:
 
 def test_who_ends_a_run_finds_what_the_names_hide(tmp_path: Path) -> None:
     finished_run(tmp_path, 18)
-    conclude(tmp_path, is_retry=False)
+    assert conclude(tmp_path, is_retry=False) is True
+    assert conclude(tmp_path, is_retry=False) is False, "another rank was the last one"
     assert (tmp_path / "manifest.json").exists() and not (tmp_path / "work").exists()
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "data" / "part-00003.parquet").write_bytes(b"no shard")
     with pytest.raises(RunFailed, match=r"1 files in .* \(cluster=local\)"):
         conclude(tmp_path, is_retry=False)
-    conclude(tmp_path, is_retry=True)
+    assert conclude(tmp_path, is_retry=True) is False
     assert not (tmp_path / "manifest.json").exists()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from small_run import SETTINGS, finished_run, inputs, new_plan, tree
 
-import pipeline.planning
+import pipeline.draft
 from pipeline.dataset.base import Inputs
 from pipeline.dataset.files import files_table
 from pipeline.errors import RunFailed, SettingsChanged, UsageError
@@ -251,7 +251,7 @@ def test_a_folder_in_place_of_the_plan_is_named(tmp_path: Path) -> None:
 def test_an_output_of_another_version_of_the_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 30: an output of another version of the schema is refused with the difference."""
     start(tmp_path, inputs(6))
-    monkeypatch.setattr(pipeline.planning, "SCHEMA_VERSION", 99)
+    monkeypatch.setattr(pipeline.draft, "SCHEMA_VERSION", 99)
     with pytest.raises(SettingsChanged, match=r"schema_version +was 1, now 99"):
         start(tmp_path, None)
 

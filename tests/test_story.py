@@ -27,7 +27,7 @@ def records(output_dir: Path) -> list[dict[str, object]]:
 
 def test_a_job_from_an_empty_folder_to_right_answers(vlm_batch: CommandLine, tmp_path: Path) -> None:
     """The embedded default answers real pictures right; a second start has nothing to do and loads no model."""
-    first = vlm_batch("run", "dataset.max_rows=300", "write.shard_rows=100", "output_dir=answers")
+    first = vlm_batch("run", "dataset.max_rows=300", "write.shard_rows=100", "output_dir=answers", "report=true")
     assert "300 of 300 done" in first.stdout
     rows = records(tmp_path / "answers")
     assert [row["row_index"] for row in rows] == list(range(300))
@@ -53,7 +53,7 @@ def test_a_job_from_an_empty_folder_to_right_answers(vlm_batch: CommandLine, tmp
     assert "none missing, none doubled" in vlm_batch("audit", "output_dir=answers").stdout
     assert "state    done" in vlm_batch("status", "output_dir=answers", "watch=true").stdout
     assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == [
-        "data", "manifest.json", "plan", "plan.json", "stats",
+        "README.md", "data", "manifest.json", "plan", "plan.json", "report.html", "stats",
     ]  # fmt: skip
 
 

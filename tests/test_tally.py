@@ -25,3 +25,14 @@ def test_an_example_of_an_error_names_its_row_once(row_id: str, message: str, sh
         tally.add(Answer(RecordKey(number, "default", 0), row_id, fault=fault))
     assert tally.examples == {"decode/OSError": shown}
     assert tally.errors == {"decode/OSError": 2}
+
+
+def test_the_newest_errors_are_kept_and_no_more() -> None:
+    tally = Tally(20)
+    for number in range(8):
+        fault = Fault(Stage.DECODE, "OSError", "x" * 1000) if number else None
+        tally.add(Answer(RecordKey(number, "default", 0), f"row {number}", fault=fault))
+    times, kinds, texts = zip(*tally.newest_errors, strict=True)
+    assert list(times) == sorted(times) and set(kinds) == {"decode/OSError"}
+    assert [text.partition(":")[0] for text in texts] == [f"row {number}" for number in range(3, 8)]
+    assert all(len(text) == 300 for text in texts)

@@ -13,9 +13,11 @@ from pipeline.errors import ErrorBudgetExceeded
 from pipeline.manifest import write_manifest
 from pipeline.planning import Resume
 from pipeline.ranks import ranks
+from pipeline.report.report import REPORT_FILE
 from pipeline.run import prepare, run
 from pipeline.shown import shown
 from pipeline.status import phases, progress_line, read_status, status_lines
+from pipeline.tracking.registry import refuse_trackers
 
 Options = None
 
@@ -30,6 +32,7 @@ def launch(config: RunConfig, call: Call, only: Collection[str] | None) -> int:
     only: as pipeline.run.run() takes it.
     """
     output_dir = config.output_path
+    refuse_trackers(config.track, config.track_dir, config.prometheus_file, output_dir)
     started = time.time()
     job = Job(
         partial(prepare, config, only),
@@ -64,6 +67,8 @@ def launch(config: RunConfig, call: Call, only: Collection[str] | None) -> int:
         print(f"speed    {rows:.1f} rows/s, {tokens:.0f} tokens/s{together}")
         print(f"time     {', '.join(f'{name} {share:.0%}' for name, share in phases(fresh).items())}")
     print(shown(f"data     {output_dir / 'data'}/part-*.parquet"))
+    if config.report and (output_dir / REPORT_FILE).is_file():
+        print(shown(f"report   {output_dir / REPORT_FILE}"))
     if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):
         print("failed   every row; the examples above say why" if fresh else "failed   every row")
         return 0 if config.max_error_rate is None else ErrorBudgetExceeded.exit_code

@@ -51,6 +51,8 @@ class Speaker:
             return answer
         if stream.differs:
             self._terminal.line("written", f"{answer.response}")
+        if answer.parse_ok is not None:
+            self._terminal.line("parsed", answer.response_json or "no: it did not come to be what it has to be")
         num_tokens, first = answer.num_generated_tokens or 0, stream.first_token_seconds
         said = [f"{answer.finish_reason}", "1 token" if num_tokens == 1 else f"{num_tokens} tokens"]
         if first is not None:

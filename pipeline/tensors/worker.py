@@ -44,7 +44,7 @@ def serve(pipe: Connection, build: bytes, memory_bytes: int) -> None:
         tasks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
         work = pickle.loads(build)()
-        _limit_memory(memory_bytes)
+        limit_memory(memory_bytes)
         pipe.send_bytes(pickle.dumps(("ready", None)))
         while (message := tasks.get()) is not None:
             number, task = pickle.loads(message)
@@ -89,7 +89,8 @@ def silenced_libraries() -> Iterator[None]:
         os.close(loud)
 
 
-def _limit_memory(memory_bytes: int) -> None:
+def limit_memory(memory_bytes: int) -> None:
+    """Let this process take no more than this beyond what it has now (address space)."""
     with open("/proc/self/statm") as file:
         baseline_bytes = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.records import Answer, EncodedSample, Fault, FinishReason, Stage
 
@@ -22,14 +22,23 @@ class Generation:
     fault: Fault | None = None
     logits_SV: list[Any] | None = None  # kept where a list stands: one tensor [V] for each token
     num_alike: list[int] = field(default_factory=list)  # for each period: last tokens equal to those one period before
+    matcher: Any = None  # of a constrained answer that has begun: what its tokens were told to (pipeline.vlm.grammar)
 
     @property
     def done(self) -> bool:
         return self.finish_reason is not None or self.fault is not None
 
 
+class Form(Protocol):
+    """What a constrained answer has to be (pipeline.vlm.grammar.AnswerForm)."""
+
+    def json(self, text: str, sample: EncodedSample, /) -> str | None:
+        """The answer as JSON; None where it did not come to be what it has to be."""
+        ...
+
+
 class Ending:
-    """Decides when a generation ends, and decodes it."""
+    """Decides when a generation ends, and decodes it. form: of answers that are constrained."""
 
     def __init__(
         self,
@@ -39,12 +48,15 @@ class Ending:
         stop: Sequence[str],
         ignore_eos: bool,
         max_repeats: int | None = None,
+        form: Form | None = None,
     ) -> None:
-        self._tokenizer, self._max_repeats = tokenizer, max_repeats
+        self._tokenizer, self._max_repeats, self._form = tokenizer, max_repeats, form
         # Text is decoded without special tokens, so a stop string that is one of them is compared by its number.
         special = {text: number for text in stop if (number := _special_id(tokenizer, text)) is not None}
         self.eos_ids = (frozenset() if ignore_eos else frozenset(eos_ids)) | set(special.values())
         self._stop = tuple(text for text in stop if text not in special)
+        # Some tokenizers take the blank out of " ," when they decode; in a form every sign counts.
+        self._exactly: dict[str, Any] = {} if form is None else {"clean_up_tokenization_spaces": False}
         # A stop string of n bytes lies in the last n tokens (a token may be part of a character), one more for a token
         # that it begins in the middle of.
         self._num_tail_tokens = max((len(stop.encode()) for stop in self._stop), default=0) + 1
@@ -70,9 +82,10 @@ class Ending:
         sample = generation.sample
         if generation.fault:
             return Answer(sample.key, sample.id, sample.facts, fault=generation.fault)
-        text = self._tokenizer.decode(generation.tokens, skip_special_tokens=True)
+        text = self._tokenizer.decode(generation.tokens, skip_special_tokens=True, **self._exactly)
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         text = text[: min(places)] if places else text
+        found = None if self._form is None else self._form.json(text, sample)
         return Answer(
             sample.key,
             sample.id,
@@ -80,6 +93,8 @@ class Ending:
             response=text.strip(),
             finish_reason=generation.finish_reason,
             num_generated_tokens=len(generation.tokens),
+            response_json=found,
+            parse_ok=None if self._form is None else found is not None,
         )
 
     def _repeats(self, generation: Generation, max_repeats: int) -> bool:

@@ -102,6 +102,12 @@ class Trace:
     logits_SV: list[torch.Tensor]  # one float32 tensor [V] on the CPU for each step; empty after a search over beams
 
 
+class CountingEngine(Protocol):
+    """An engine that says what it did so far."""
+
+    counts: EngineCounts
+
+
 class TracingEngine(Protocol):
     """An engine that shows its work."""
 

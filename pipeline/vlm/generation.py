@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import RunFailed, UsageError
+from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.options import GenerationConfig, SampleConfig
 
 log = logging.getLogger(__name__)
@@ -179,10 +180,12 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
     checkpoint: generation_config.json.
 
     Raises:
-        UsageError: generation.extra names what another key sets, what no engine can honour, or a value of a wrong kind.
+        UsageError: generation.extra names what another key sets, what no engine can honour, or a value of a wrong kind;
+            or answers have to be of several forms, or of one over which no beams are searched.
         RunFailed: generation_config.json has such a value.
     """
     _check_extra(options)
+    constraint = constraint_of(options)
     if "" in options.stop:
         raise UsageError("generation.stop holds an empty text, with which every answer would end at once.")
     extra = options.extra
@@ -207,7 +210,18 @@ def effective_settings(options: GenerationConfig, checkpoint: Mapping[str, Any])
 
     processors = given(PROCESSORS)
     if not samples and (search := given(SEARCH)).get("num_beams", 1) > 1:
+        if constraint is not None:
+            raise UsageError(
+                f"{constraint.key} is obeyed token by token, and a search over beams (num_beams={search['num_beams']}) "
+                "is transformers' own. Set generation.extra.num_beams=1, or leave the key out."
+            )
         processors |= search
+    if constraint is not None and "forced_bos_token_id" in processors:
+        raise UsageError(
+            f"{constraint.key} says how an answer begins, and so does "
+            f"forced_bos_token_id={processors['forced_bos_token_id']} (of generation.extra, or of the checkpoint's "
+            "generation_config.json). Set generation.extra.forced_bos_token_id=null to go without the latter."
+        )
     penalty = float(value("repetition_penalty", 1.0))
     if samples:
         sampling = SamplingSettings(

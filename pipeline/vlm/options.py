@@ -196,6 +196,12 @@ class GenerationConfig:
     )
     repetition_penalty: float | None = option(None, "above 1 makes tokens of prompt and answer less likely", least=0.01)
     n: int = option(1, "answers per prompt", least=1)
+    json_schema: str | None = option(
+        None, "JSON Schema that every answer fulfils: a JSON object, or the path of a .json file"
+    )
+    choices: list[str] | None = option(None, "texts, one of which every answer is, e.g. [yes, no, unclear]")
+    choices_column: str | None = option(None, "column with a row's own choices: a list of texts, or a JSON list")
+    regex: str | None = option(None, "regular expression that every answer matches as a whole")
     extra: dict[str, Any] = option(
         doc="further arguments of generate(), e.g. {no_repeat_ngram_size: 3} or {num_beams: 4}", factory=dict
     )

@@ -90,18 +90,22 @@ class Sampler:
         samples: Sequence[EncodedSample],
         steps: Sequence[int],
         seen_BV: torch.Tensor | None = None,
+        allowed_BV: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row, and whether the row's logits were finite.
 
-        steps: tokens that each row has already; seen_BV: tokens of its prompt and answer, padding left out.
+        steps: tokens that each row has already; seen_BV: tokens of its prompt and answer, padding left out;
+        allowed_BV: tokens that may come; filters see no others.
 
         Returns:
             token_B int64, finite_B bool.
         """
         largest_B, token_B = logits_BV.max(-1)  # NaN and +inf win a maximum, so it tells for the whole row
         finite_B = torch.isfinite(largest_B)
+        if allowed_BV is not None:
+            logits_BV = logits_BV.masked_fill(~allowed_BV, -torch.inf)
         if not self.settings.do_sample and seen_BV is None:
-            return token_B, finite_B
+            return token_B if allowed_BV is None else logits_BV.argmax(-1), finite_B
         logits_BV = logits_BV.float()
         if seen_BV is not None:
             penalty = self.settings.repetition_penalty

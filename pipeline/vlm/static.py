@@ -24,6 +24,7 @@ from pipeline.vlm.decode import DecodeLoop
 from pipeline.vlm.failure import described, is_out_of_memory, raise_fatal, release_memory
 from pipeline.vlm.fit import Fit
 from pipeline.vlm.generation import GenerationSettings
+from pipeline.vlm.grammar import Grammar
 from pipeline.vlm.inputs import ModelInputs, transformers_settings
 from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.sampling import Sampler
@@ -47,11 +48,12 @@ class StaticEngine:
         settings: GenerationSettings,
         max_new_tokens: int,
         stop: StopSignal,
+        grammar: Grammar | None = None,
     ) -> None:
         self._loaded, self._model = loaded, loaded.model
         self._settings = settings
         self._batcher, self._ending = batcher, ending
-        self._choose = TokenChoice(sampler, ending, stop)
+        self._choose = TokenChoice(sampler, ending, stop, grammar)
         self.max_new_tokens, self._stop = max_new_tokens, stop
         self._full_budget = (batcher.max_rows, batcher.max_tokens)
         self._num_calm_batches = 0
@@ -76,7 +78,7 @@ class StaticEngine:
 
     @property
     def numerics(self) -> Mapping[str, str]:
-        return {"engine": "static"} | self._loaded.numerics
+        return {"engine": "static", **self._choose.numerics, **self._loaded.numerics}
 
     def answers(self, samples: Iterator[EncodedSample]) -> Iterator[Answer]:
         """One answer for each sample. After a stop request no further batch begins.

@@ -21,7 +21,9 @@ from pipeline.errors import Interrupted, RunFailed
 from pipeline.records import Answer, EncodedSample, Fault, FinishReason, Stage
 from pipeline.vlm.answer import Ending, Generation
 from pipeline.vlm.base import EngineCounts, OnToken, StopSignal, Trace
+from pipeline.vlm.constraint import Constraint
 from pipeline.vlm.generation import GenerationSettings
+from pipeline.vlm.grammar import rule_of
 from pipeline.vlm.sampling import row_seed
 from pipeline.vlm.vllm_inputs import ProcessedInputs
 
@@ -61,7 +63,9 @@ class VllmEngine:
         max_batch_rows: int,
         stop: StopSignal,
         numerics: Mapping[str, str],
+        constraint: Constraint | None = None,
     ) -> None:
+        self._constraint = constraint
         self._running, self._start, self._ending = running, start, ending
         self._settings, self._stop_strings, self._seed = settings, list(stop_strings), seed
         self.max_new_tokens, self._stop = max_new_tokens, stop
@@ -208,6 +212,11 @@ class VllmEngine:
                 "seed": row_seed(self._seed, generation.sample) >> 1,  # vLLM's are signed
                 **sampling.warpers,
             }
+        if self._constraint is not None:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            rule = rule_of(self._constraint, generation.sample.choices)
+            drawn["structured_outputs"] = StructuredOutputsParams(grammar=rule)
         return SamplingParams(
             **drawn,
             repetition_penalty=sampling.repetition_penalty,

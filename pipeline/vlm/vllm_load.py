@@ -14,7 +14,9 @@ import torch
 from pipeline.errors import RunFailed, UsageError
 from pipeline.vlm.answer import Ending
 from pipeline.vlm.base import StopSignal
+from pipeline.vlm.constraint import constraint_of
 from pipeline.vlm.generation import GenerationSettings, effective_settings, log_settings
+from pipeline.vlm.grammar import AnswerForm, token_table
 from pipeline.vlm.identity import ModelIdentity
 from pipeline.vlm.options import Attention, GenerationConfig, Quantization, VllmConfig, VlmConfig
 from pipeline.vlm.vllm_engine import Running, VllmEngine, one_line
@@ -89,6 +91,8 @@ def load_vllm_engine(
     settings = effective_settings(generation, identity.generation_config)
     log_settings(settings, identity.generation_config)
     check_vllm(engine, vlm, settings)
+    constraint = constraint_of(generation)
+    form = None if constraint is None else AnswerForm(constraint)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ[RUN_PROCESS] = str(os.getpid())
@@ -114,18 +118,29 @@ def load_vllm_engine(
             raise RunFailed(f"vLLM cannot load the model in {identity.folder}: {said}") from problem
 
     processor, tokenizer, eos_ids = _of_folder(vlm, identity)
+    if constraint is not None:
+        token_table(constraint, tokenizer)
+        # vLLM lets the tokenizer's own end token stand where an answer is complete, and no other.
+        eos_ids = tuple({*eos_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
     running = start()
     running.inputs.check(processor)
     return VllmEngine(
         running,
         start,
-        Ending(tokenizer, eos_ids=eos_ids, stop=generation.stop, ignore_eos=generation.ignore_eos),
+        Ending(
+            tokenizer,
+            eos_ids=eos_ids,
+            stop=generation.stop,
+            ignore_eos=generation.ignore_eos,
+            form=form,
+        ),
         settings=settings,
         stop_strings=generation.stop,
         seed=seed,
         max_new_tokens=generation.max_new_tokens,
         max_batch_rows=engine.max_batch_rows,
         stop=stop,
+        constraint=constraint,
         numerics={
             "engine": "vllm",
             "vllm": vllm.__version__,
@@ -167,6 +182,7 @@ def engine_arguments(
         "limit_mm_per_prompt": {"video": 0, "audio": 0},  # no memory is kept for them
         "generation_config": "vllm",  # settings come with each request, those of the checkpoint included
         "disable_log_stats": True,
+        "structured_outputs_config": {"backend": "guidance"},  # the library of the other engines, with the same rules
         "seed": seed % (1 << 31),
     }
 

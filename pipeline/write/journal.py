@@ -19,12 +19,14 @@ import logging
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.write.crash_point import crash_point, crashing_file
 from pipeline.write.file import Place, open_read, sync_directory
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _MAGIC = b"vlmbatchj1\n"
 _FRAME = struct.Struct("<II")  # payload length in bytes, crc32 of the payload
+_ERROR = {"status", "error_stage", "error_type"}  # columns of answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class Journal:
 def read_journal(path: Place, header: JournalHeader, *, schema: pa.Schema) -> list[pa.RecordBatch]:
     """The answers of a journal up to its first damaged frame; nothing if it is for something else."""
     batches: list[pa.RecordBatch] = []
-    for number, payload in enumerate(_frames(path)):
+    for number, (_, payload) in enumerate(_frames(path)):
         if number == 0:
             if json.loads(payload) != asdict(header):
                 return []
@@ -135,17 +138,40 @@ def read_journal(path: Place, header: JournalHeader, *, schema: pa.Schema) -> li
     return batches
 
 
-def count_journal_rows(path: Place, *, plan_id: str) -> int:
-    """Answers in a journal of this plan, for a status: whole frames only."""
-    num_rows = 0
-    for number, payload in enumerate(_frames(path)):
-        if number == 0:
-            if json.loads(payload).get("plan_id") != plan_id:
-                return 0
-            continue
+@dataclass(slots=True)
+class JournalCount:
+    """Answers of one journal and the errors among them, for a status: whole frames only.
+
+    It may look again as the journal grows: what it has counted is not read again.
+    """
+
+    num_rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # "stage/type" -> answers
+    num_bytes: int = 0  # that were counted
+    is_foreign: bool = False  # of another plan
+
+    def look(self, path: Place, *, plan_id: str) -> None:
+        """Count what was appended since the last look."""
+        if self.is_foreign:
+            return
+        begins = self.num_bytes == 0
+        for end, payload in _frames(path, self.num_bytes):
+            self.num_bytes = end
+            if not begins:
+                self._add(payload)
+            elif json.loads(payload).get("plan_id") != plan_id:
+                self.is_foreign = True
+                return
+            begins = False
+
+    def _add(self, payload: bytes) -> None:
         with pa.ipc.open_stream(payload) as stream:
-            num_rows += sum(batch.num_rows for batch in stream)
-    return num_rows
+            for batch in stream:
+                self.num_rows += batch.num_rows
+                if not _ERROR.issubset(batch.schema.names):
+                    continue
+                failed = batch.select(["error_stage", "error_type"]).filter(pc.equal(batch["status"], "error"))
+                self.errors.update(f"{row['error_stage']}/{row['error_type']}" for row in failed.to_pylist())
 
 
 def _header_payload(header: JournalHeader) -> bytes:
@@ -163,29 +189,32 @@ def _frame(payload: bytes) -> bytes:
     return _FRAME.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def _frames(path: Place) -> Iterator[bytes]:
+def _frames(path: Place, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Where each whole frame ends in the file, and its payload. start: where an earlier one ended."""
     try:
-        yield from _whole_frames(path)
+        yield from _whole_frames(path, start)
     except FileNotFoundError:  # published and removed by another worker meanwhile
         return
     except OSError as problem:  # as a torn tail: what cannot be read is asked for again, and nothing is lost
         log.warning("%s cannot be read: %s; answers that stand behind that place count as missing", path, problem)
 
 
-def _whole_frames(path: Place) -> Iterator[bytes]:
+def _whole_frames(path: Place, start: int) -> Iterator[tuple[int, bytes]]:
     if isinstance(path, Path) and not path.is_file():  # gone, or a FIFO, whose opening would wait for ever
         return
     with open_read(path) as file:
-        left = file.seek(0, os.SEEK_END) - len(_MAGIC)
-        file.seek(0)
-        if file.read(len(_MAGIC)) != _MAGIC:
-            return
+        size = file.seek(0, os.SEEK_END)
+        end = file.seek(start)
+        if not start:
+            end = len(_MAGIC)
+            if file.read(end) != _MAGIC:
+                return
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
-            left -= _FRAME.size + length
-            if not length or left < 0:  # zeros pass their own checksum; a flipped length would ask for gigabytes
+            end += _FRAME.size + length
+            if not length or end > size:  # zeros pass their own checksum; a flipped length would ask for gigabytes
                 return
             payload = file.read(length)
             if len(payload) < length or zlib.crc32(payload) != checksum:
                 return
-            yield payload
+            yield end, payload

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UsageError
@@ -208,6 +209,14 @@ class ObjectPath:
             OSError: it cannot be written.
         """
         persistently(lambda: self._put(content))
+
+    def upload(self, path: Path) -> None:
+        """Put what a file holds, whatever is there; a large one in parts.
+
+        Raises:
+            OSError: the file cannot be read, or the object cannot be written.
+        """
+        persistently(lambda: self._files.put_file(str(path), self._path))
 
     def exchange(self, content: bytes, version: str | None) -> bool:
         """Put the object in the place of that version; False where it is another by now, which stays.

@@ -66,6 +66,11 @@ ANSWER_FIELDS = (
     pa.field("image_height", pa.list_(pa.int32())),
     pa.field("attempt", pa.int32(), nullable=False),
 )
+# Behind `response`, of a run whose answers are constrained.
+FORM_FIELDS = (
+    pa.field("response_json", pa.string()),
+    pa.field("parse_ok", pa.bool_()),
+)
 # What is the same for every record of a plan: added when a shard is published.
 PLAN_FIELDS = (
     pa.field("model_id", _NAMES),
@@ -111,6 +116,13 @@ class OutputSchema:
     response_column: str
     prefix: str
     image_column: str | None = None  # of `inputs`, the one that keeps the images
+    is_constrained: bool = False  # answers have FORM_FIELDS
+
+    @property
+    def answer_fields(self) -> tuple[pa.Field, ...]:
+        """Our columns that differ from record to record."""
+        after = {"response": FORM_FIELDS} if self.is_constrained else {}
+        return tuple(one for field in ANSWER_FIELDS for one in (field, *after.get(field.name, ())))
 
     def column(self, name: str) -> str:
         """Our column `name` as it is called in the file."""
@@ -120,17 +132,17 @@ class OutputSchema:
     def journal(self) -> pa.Schema:
         """The columns of a journal: internal names, input columns behind them under `input.`."""
         kept = [pa.field(f"input.{field.name}", field.type) for field in self.inputs]
-        return pa.schema([*ANSWER_FIELDS, *kept])
+        return pa.schema([*self.answer_fields, *kept])
 
     @property
     def published(self) -> pa.Schema:
         """The columns of a shard: id first, the input's own next, ours behind."""
-        ours = [field.with_name(self.column(field.name)) for field in (*ANSWER_FIELDS, *PLAN_FIELDS)]
+        ours = [field.with_name(self.column(field.name)) for field in (*self.answer_fields, *PLAN_FIELDS)]
         return pa.schema([ours[0], *(pa.field(f.name, f.type) for f in self.inputs), *ours[1:]])
 
     def publish(self, journal: pa.Table, constants: Mapping[str, str | None]) -> pa.Table:
         """A shard's table from its journal's: columns renamed and ordered, the plan's constants added."""
-        arrays: dict[str, Any] = {self.column(f.name): journal[f.name] for f in ANSWER_FIELDS}
+        arrays: dict[str, Any] = {self.column(f.name): journal[f.name] for f in self.answer_fields}
         arrays |= {f.name: journal[f"input.{f.name}"] for f in self.inputs}
         for field in PLAN_FIELDS:
             column = pa.array([constants[field.name]] * len(journal), pa.string())
@@ -146,10 +158,12 @@ def output_schema(
     keep: Sequence[str] | None = None,
     id_column: str | None = None,
     image_column: str | None = None,
+    is_constrained: bool = False,
 ) -> OutputSchema:
     """The output's columns, checked.
 
-    keep: input columns that stay; None = all. image_column: where write.keep_images puts the images.
+    keep: input columns that stay; None = all. image_column: where write.keep_images puts the images. is_constrained:
+    whether answers have to be of a form, which adds FORM_FIELDS.
 
     Raises:
         UsageError: an input column has one of our names or a type that Parquet cannot hold, the options name a column
@@ -168,8 +182,8 @@ def output_schema(
     if options.keep_images and image_column is not None:
         kept = [field for field in kept if field.name != image_column] + [pa.field(image_column, IMAGES)]
     images = image_column if options.keep_images else None
-    schema = OutputSchema(pa.schema(kept), options.response_column, options.prefix, images)
-    ours = [schema.column(field.name) for field in (*ANSWER_FIELDS, *PLAN_FIELDS)]
+    schema = OutputSchema(pa.schema(kept), options.response_column, options.prefix, images, is_constrained)
+    ours = [schema.column(field.name) for field in (*schema.answer_fields, *PLAN_FIELDS)]
     if len(set(ours)) < len(ours):
         raise UsageError(
             f"write.response_column={options.response_column!r} is the name of another output column; choose another."
@@ -225,6 +239,8 @@ def journal_row(answer: Answer, columns: Mapping[str, Any], schema: OutputSchema
         "warnings": list(facts.warnings),
         "prompt": facts.prompt,
         "response": answer.response,
+        "response_json": answer.response_json,
+        "parse_ok": answer.parse_ok,
         "finish_reason": str(answer.finish_reason) if answer.finish_reason else None,
         "num_prompt_tokens": facts.num_prompt_tokens,
         "num_image_tokens": facts.num_image_tokens,

@@ -34,15 +34,20 @@ _FOOTER_BYTES = 64 * 1024  # enough for most; a longer one costs a second reques
 _MOST_FOOTER_BYTES = 64 * 1024**2
 
 
-def published_shards(data_dir: Place, plan_id: str, expected: Iterable[int] = ()) -> dict[int, ShardSummary]:
-    """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done.
+def published_shards(data_dir: Place, plan_id: str) -> dict[int, ShardSummary]:
+    """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done."""
+    return summaries_of_plan(dict(shard_files(data_dir)), plan_id)
+
+
+def shards_there(data_dir: Place, expected: Iterable[int]) -> dict[int, Place]:
+    """Files with the name of a shard by number, in order.
 
     expected: numbers that are looked for by name where the listing lacks them. A network file system may list a new
         file seconds late and open it at once.
     """
     files = dict(shard_files(data_dir))
     files |= {number: data_dir / f"{Shard(number, 0, 0).name}.parquet" for number in expected if number not in files}
-    return summaries_of_plan(dict(sorted(files.items())), plan_id)
+    return dict(sorted(files.items()))
 
 
 def summaries_of_plan(files: Mapping[int, Place], plan_id: str) -> dict[int, ShardSummary]:

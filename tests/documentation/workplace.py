@@ -15,6 +15,7 @@ MODEL = str(DEMO_FILE.parents[1] / "vlm" / "demo")
 # What `...` in a command stands for, by its command: words that a page leaves out, as it has said them before.
 ELIDED = {
     "run": ["dataset=images", "dataset.path=photos/", "vlm=auto", "vlm.path=MODEL"],
+    "plan": ["dataset=images", "dataset.path=photos/", "vlm=auto", "vlm.path=MODEL"],
     "preview": ["dataset=images", "dataset.path=photos/", "vlm=auto", "vlm.path=MODEL"],
 }
 

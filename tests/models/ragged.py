@@ -237,11 +237,12 @@ class _Recorder(Sampler):
         samples: Sequence[EncodedSample],
         steps: Sequence[int],
         seen_BV: torch.Tensor | None = None,
+        allowed_BV: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.num_rows.append(len(samples))
         for logits_V, one, step in zip(logits_BV, samples, steps, strict=True):
             self.seen.setdefault((one.key, step), logits_V.clone())
-        return super().choose(logits_BV, samples, steps, seen_BV)
+        return super().choose(logits_BV, samples, steps, seen_BV, allowed_BV)
 
 
 class _Going:

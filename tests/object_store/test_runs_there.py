@@ -46,7 +46,7 @@ class Job:
         job = [
             "dataset=images", f"dataset.path={self.source}", f"output_dir={self.folder}", f"prompt.user={PROMPT}",
             "write.shard_rows=30", "write.sync_seconds=0.05", "vlm=demo", "max_error_rate=null", "engine.num_workers=1",
-            "engine.parity_rows=0",
+            "engine.parity_rows=0", "report=false",
         ]  # fmt: skip
         return subprocess.Popen(
             [*PROGRAM, "run", *job, *words],

@@ -25,7 +25,7 @@ SHARED = TESTS.parents[1] / "shared" / "data"
 # Nothing of a real model; one worker, and journals as early as can be.
 WORDS = [
     "output_dir=out", "vlm=demo", "max_error_rate=null", "engine.num_workers=1", "engine.parity_rows=0",
-    "write.sync_seconds=0.02", "prompt.user=What is it?",
+    "write.sync_seconds=0.02", "prompt.user=What is it?", "report=false",
 ]  # fmt: skip
 
 

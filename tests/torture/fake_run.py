@@ -47,7 +47,7 @@ def fake_run(
     process = subprocess.Popen(
         [
             sys.executable, "-c", f"import {model}; {model}.start()", "run", f"output_dir={output}", "vlm=demo",
-            "engine.parity_rows=0", *words,
+            "engine.parity_rows=0", "report=false", *words,
         ],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}"} | dict(environment or {}),

@@ -103,7 +103,7 @@ class Box:
             "dataset=images", f"dataset.path={self.source}", f"output_dir={self.output}",
             f"prompt.user={PROMPT}", f"write.shard_rows={shard_rows}", "write.sync_seconds=0.05", "vlm=demo",
             "write.response_column=response", "max_error_rate=null", "engine.num_workers=1",
-            "engine.parity_rows=0", *words,
+            "engine.parity_rows=0", "report=false", *words,
         ]  # fmt: skip
 
     def mend(self) -> None:

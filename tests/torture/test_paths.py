@@ -72,7 +72,7 @@ def check_folders(tmp_path: Path, folder: Path, source: str, output: str) -> Non
     assert "All 1 rows are done already" in fake_run(folder, *words).printed
     assert shard.read_bytes() == before and answer.encode() in before
     assert sorted(path.name for path in (folder / output).iterdir()) == [
-        "data", "manifest.json", "plan", "plan.json", "stats",
+        "README.md", "data", "manifest.json", "plan", "plan.json", "stats",
     ]  # fmt: skip
     assert not (folder / "outputs").exists()
 

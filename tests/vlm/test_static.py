@@ -58,10 +58,11 @@ class Recorder(Sampler):
         samples: Sequence[EncodedSample],
         steps: Sequence[int],
         seen_BV: torch.Tensor | None = None,
+        allowed_BV: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         for logits_V, sample, step in zip(logits_BV, samples, steps, strict=True):
             self.seen.setdefault((sample.key.row_index, step), logits_V.clone())
-        return super().choose(logits_BV, samples, steps, seen_BV)
+        return super().choose(logits_BV, samples, steps, seen_BV, allowed_BV)
 
 
 def engine_of(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from types import ModuleType, SimpleNamespace
@@ -19,14 +20,15 @@ from command_line import CHECKOUT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS, samples, tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.errors import Interrupted, RunFailed, UsageError
 from pipeline.records import EncodedSample, FinishReason, Stage
 from pipeline.vlm import vllm_load
 from pipeline.vlm.answer import Ending
+from pipeline.vlm.constraint import Constraint, constraint_of
 from pipeline.vlm.generation import GenerationSettings, SamplingSettings
-from pipeline.vlm.options import Attention, DeviceMap, Quantization, VllmConfig, VlmConfig
+from pipeline.vlm.options import Attention, DeviceMap, GreedyConfig, Quantization, VllmConfig, VlmConfig
 from pipeline.vlm.vllm_engine import Running, VllmEngine
 from pipeline.vlm.vllm_load import check_vllm
 from pipeline.vlm.vllm_process import RUN_PROCESS
@@ -84,7 +86,7 @@ def vllm_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = SimpleNamespace(DELTA="delta", FINAL_ONLY="final")
     contents: dict[str, dict[str, Any]] = {
         "vllm": {"SamplingParams": SimpleNamespace},
-        "vllm.sampling_params": {"RequestOutputKind": kinds},
+        "vllm.sampling_params": {"RequestOutputKind": kinds, "StructuredOutputsParams": SimpleNamespace},
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.exceptions": {"EngineDeadError": EngineDeadError},
@@ -103,6 +105,7 @@ def engine_around(
     stop: Any = None,
     rows: int = 2,
     stop_strings: tuple[str, ...] = (),
+    constraint: Constraint | None = None,
 ) -> VllmEngine:
     running = [Running(each, SimpleNamespace(of=lambda sample: sample)) for each in [llm, *(starts or [])]]  # type: ignore[arg-type]
     return VllmEngine(
@@ -116,6 +119,7 @@ def engine_around(
         max_batch_rows=rows,
         stop=stop or SimpleNamespace(requested=False, expired=False),
         numerics={"engine": "vllm", "dtype": "float32"},
+        constraint=constraint,
     )
 
 
@@ -218,6 +222,20 @@ def test_a_killed_process_is_noticed_though_vllm_would_wait_forever() -> None:
     assert len(list(engine_around(llm, starts=[next_llm]).answers(iter(samples("llava", 3))))) == 3
 
 
+def test_a_request_carries_the_rule_of_its_rows_answer() -> None:
+    llm = Vllm()
+    constraint = constraint_of(GreedyConfig(choices_column="options"))
+    given = [replace(one, choices=(f"w{number}", "w1")) for number, one in enumerate(samples("llava", 2))]
+    list(engine_around(llm, constraint=constraint).answers(iter(given)))
+    assert [one.structured_outputs.grammar for one in llm.parameters] == [
+        "start: / ?(?:w0|w1)/",
+        "start: / ?(?:w1|w1)/",
+    ]
+    free = Vllm()
+    list(engine_around(free).answers(iter(given)))
+    assert not any(hasattr(one, "structured_outputs") for one in free.parameters)
+
+
 def test_after_a_stop_request_what_is_in_flight_is_finished_and_nothing_more_is_begun() -> None:
     stop = SimpleNamespace(requested=False, expired=False)
     answers = engine_around(Vllm(), stop=stop, rows=2).answers(iter(samples("llava", 12)))
@@ -277,8 +295,11 @@ def in_vllm(*words: str, code: int = 0) -> None:
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
 
 
-def save_llava(folder: Path) -> Path:
-    """A LLaVA of random weights, under the names of weights that vLLM knows (those of transformers 4)."""
+def save_llava(folder: Path, *, of_bytes: bool = False) -> Path:
+    """A LLaVA of random weights, under the names of weights that vLLM knows (those of transformers 4).
+
+    of_bytes: its tokens are bytes, not words.
+    """
     vision = transformers.CLIPVisionConfig(
         **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
         **{"image_size": 28, "patch_size": 14, "projection_dim": 32},
@@ -297,6 +318,12 @@ def save_llava(folder: Path) -> Path:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4} | {f"w{n}": n for n in range(5, 300)}
     splitter = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if of_bytes:
+        special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4}
+        letters = {letter: 5 + n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        splitter = Tokenizer(models.BPE(vocab=special | letters, merges=[]))
+        splitter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        splitter.decoder = decoders.ByteLevel()
     splitter.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>", "<image>"])
     own = transformers.PreTrainedTokenizerFast(
         tokenizer_object=splitter, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -319,6 +346,34 @@ def save_llava(folder: Path) -> Path:
 def rows_of(output_dir: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(output_dir / "data" / "part-00000.parquet").to_pylist()
     return rows
+
+
+@pytest.mark.slow
+def test_choices_are_obeyed_by_vllm_as_by_static(tmp_path: Path) -> None:
+    if not PYTHON.exists():
+        pytest.skip("vLLM is not installed: make vllm")
+    random = np.random.default_rng(0)
+    lines = ["picture,question"]
+    for number in range(8):
+        Image.fromarray(random.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{' '.join(f'w{word}' for word in random.integers(5, 300, 2))}")
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    common = (
+        *("run", "vlm=auto", f"vlm.path={save_llava(tmp_path / 'model', of_bytes=True)}", "dataset=jsonl"),
+        *(f"dataset.path={tmp_path / 'rows.csv'}", "dataset.image_column=picture", "prompt.user={{question}}"),
+        *(
+            "generation.max_new_tokens=6",
+            "engine.num_workers=1",
+            f"generation.choices={[f'w{n}' for n in range(20, 60)]}",
+        ),
+    )
+    in_vllm(*common, f"output_dir={tmp_path / 'static'}", "engine=static")
+    in_vllm(*common, f"output_dir={tmp_path / 'vllm'}", "engine=vllm", "engine.enforce_eager=true")
+    rows, expected = rows_of(tmp_path / "vllm"), rows_of(tmp_path / "static")
+    assert all(row["parse_ok"] and row["finish_reason"] == "stop" for row in rows)
+    for row, other in zip(rows, expected, strict=True):  # vLLM takes the end token
+        assert {name for name in row if row[name] != other[name]} <= {"run_id", "num_generated_tokens"}
+    assert len({row["response"] for row in rows}) > 2
 
 
 @pytest.mark.slow

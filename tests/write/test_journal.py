@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.write.journal import Journal, JournalHeader, count_journal_rows, read_journal
+from pipeline.write.journal import Journal, JournalCount, JournalHeader, read_journal
 
 SCHEMA = pa.schema([pa.field("row_index", pa.int64(), nullable=False), pa.field("response", pa.string())])
 
@@ -35,13 +35,19 @@ def read(
     return read_journal(path, JournalHeader(plan_id, shard, generation), schema=schema)
 
 
+def counted(path: Path, plan_id: str) -> int:
+    count = JournalCount()
+    count.look(path, plan_id=plan_id)
+    return count.num_rows
+
+
 def test_what_was_appended_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "j"
     three_appends(path)
     found = read(path)
     assert [part.to_pylist()[0] for part in found] == [{"row_index": n, "response": f"answer {n}"} for n in range(3)]
     assert found[0]["response"][1].as_py() == "ü \0 \n"
-    assert count_journal_rows(path, plan_id="p") == 6
+    assert counted(path, "p") == 6
 
 
 def test_a_journal_torn_at_any_byte_keeps_every_whole_append(tmp_path: Path) -> None:
@@ -82,7 +88,7 @@ def test_an_empty_or_foreign_file_holds_nothing(tmp_path: Path, content: bytes) 
     path = tmp_path / "j"
     path.write_bytes(content)
     assert read(path) == []
-    assert count_journal_rows(path, plan_id="p") == 0
+    assert counted(path, "p") == 0
 
 
 def test_a_journal_of_another_plan_shard_or_schema_holds_nothing_for_us(tmp_path: Path) -> None:
@@ -93,7 +99,7 @@ def test_a_journal_of_another_plan_shard_or_schema_holds_nothing_for_us(tmp_path
     assert read(path, shard=1) == []
     assert read(path, generation=1) == []
     assert read(path, schema=SCHEMA.append(pa.field("more", pa.int8()))) == []
-    assert count_journal_rows(path, plan_id="q") == 0
+    assert counted(path, "q") == 0
 
 
 def test_a_journal_that_was_removed_meanwhile_holds_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.vlm.base import Batcher, EngineCounts, OnToken, Settle, StopSignal
 from pipeline.vlm.choice import TokenChoice
 from pipeline.vlm.failure import described, is_out_of_memory, raise_fatal, release_memory
 from pipeline.vlm.generation import GenerationSettings
+from pipeline.vlm.grammar import Grammar
 from pipeline.vlm.inputs import ModelInputs, transformers_settings
 from pipeline.vlm.load import LoadedModel
 from pipeline.vlm.options import SlotsConfig
@@ -55,12 +56,13 @@ class SlotsEngine:
         settings: GenerationSettings,
         max_new_tokens: int,
         stop: StopSignal,
+        grammar: Grammar | None = None,
         settle: Settle = not_kept,
     ) -> None:
         self._loaded, self._batcher = loaded, batcher
         self._ending, self._static, self._stop = ending, static, stop
         self._options, self.max_new_tokens = options, max_new_tokens
-        self._choose = TokenChoice(sampler, ending, stop)
+        self._choose = TokenChoice(sampler, ending, stop, grammar)
         self.fit = SlotsFit(
             loaded,
             batcher,
@@ -102,7 +104,7 @@ class SlotsEngine:
     def numerics(self) -> Mapping[str, str]:
         if self.fit.serves_nothing:
             return self._static.numerics
-        return {"engine": "slots", **self.fit.numerics, **self._loaded.numerics}
+        return {"engine": "slots", **self.fit.numerics, **self._choose.numerics, **self._loaded.numerics}
 
     @property
     def dtype(self) -> str:

@@ -92,6 +92,11 @@ class SlotsFit:
         """What may differ in the last bits between two runs."""
         return self._speedups.numerics
 
+    @property
+    def max_cells(self) -> int:
+        """Tokens that all slots hold together; known once rows were tried."""
+        return self._max_cells
+
     def loop(self, choose: Choose) -> SlotLoop:
         """Empty slots for the engine. What trials find out while it is at work holds for it, too; one at a time."""
         self._memory = SlotMemory(

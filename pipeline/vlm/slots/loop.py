@@ -50,7 +50,8 @@ class SlotLoop:
     Args:
         recorded: makes of a decoder one that records its steps (graph.py); None leaves it as it is.
         late: read a step's tokens from the device while the next one is computed. A row is then computed once more
-            after its end, and the device never waits for the rules by which rows end.
+            after its end, and the device never waits for the rules by which rows end. Of no effect where the choice
+            of a token needs the one before it; what it needs it for is computed while the device is at the step.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class SlotLoop:
         self._prefill, self._memory = prefill, memory
         self._choose, self._counts = choose, counts
         self._recorded = recorded
-        self._late = choose if late and isinstance(choose, TokenChoice) else None
+        self._late = choose if late and isinstance(choose, TokenChoice) and not choose.needs_tokens else None
         self._unread: _Unread | None = None
         self._begun: deque[BegunRow] = deque()
         self._ended: list[Generation] = []  # with their first token

@@ -1,0 +1,1 @@
+"""What the pages share that people open in a browser: one file each, which reaches for nothing outside itself."""
