@@ -35,12 +35,11 @@ def make_workplace(folder: Path, page: Path) -> None:
     for place in ("photos", "scans", "data"):
         (folder / place).mkdir()
     for number, data in enumerate(pictures[:4]):
-        (folder / "photos" / f"{'cat' if number == 0 else f'img_{number}'}.png").write_bytes(data)
+        (folder / "photos" / ("cat.jpg" if number == 0 else f"img_{number}.png")).write_bytes(data)
         (folder / "scans" / f"page-{number}.png").write_bytes(data)
     (folder / "scans" / "page-3.png").write_bytes(b"a page that nobody can read")
     for name in ("a.jpg", "b.jpg"):
         (folder / name).write_bytes(pictures[0])
-    (folder / "photos" / "cat.jpg").write_bytes(pictures[0])
     names = [f"photos/img_{number}.png" for number in range(1, 4)]
     lines = [",".join((name, "Acme", f"kettle {number}")) for number, name in enumerate(names)]
     (folder / "products.csv").write_text("\n".join(["file,brand,name", *lines]) + "\n")
