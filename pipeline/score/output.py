@@ -97,7 +97,7 @@ def _parquet(scores: Scores) -> bytes:
         "sample_index": pa.array(records.sample_indices, pa.int32()),
     }
     for metric, row_scores in zip(scores.metrics, scores.row_scores, strict=True):
-        columns[metric.name] = pa.array(row_scores, pa.float64(), from_pandas=True)  # NaN is null
+        columns[metric.name] = pa.array(row_scores, pa.float64())
     content = BytesIO()
     pq.write_table(pa.table(columns), content, compression="zstd")
     return content.getvalue()

@@ -122,6 +122,7 @@ class _Source:
         if self.gold is not None and self._identity["id"] is None:
             self.table.column(options.id_column)  # says that it is not there
         self._examples: list[str] = []
+        self._joined: set[str] = set()  # ids of the file that some record has
 
     def _response(self, named: str | None) -> str:
         """The run's own answers, unless another column is named."""
@@ -136,6 +137,7 @@ class _Source:
             self._examples = self._examples or records.ids[:2]
             columns = {kind: values[kind] for kind in self._asked}
             if self.gold is not None:
+                self._joined.update(row_id for row_id in records.ids if row_id in self.gold.rows)
                 gold = dict(zip(self.gold.columns, self.gold.values(records.ids), strict=True))
                 columns |= {kind: gold[name] for kind, name in self._in_gold.items()}
             yield self._batch(records, columns, num)
@@ -149,8 +151,9 @@ class _Source:
                     yield references
                 last = row_id
 
-    def num_unused_references(self, ids: Sequence[str]) -> int:
-        return len(self.gold.rows.keys() - set(ids)) if self.gold is not None else 0
+    @property
+    def num_unused_references(self) -> int:
+        return len(self.gold.rows) - len(self._joined) if self.gold is not None else 0
 
     def no_reference(self) -> str:
         """Why nothing could be scored."""
@@ -243,7 +246,7 @@ def _scores(options: ScoreOptions, source: _Source, metrics: Sequence[Metric], g
         row_scores=[metric.row_scores(rows) for metric, rows in zip(metrics, by_metric, strict=True)],
         num_without_reference=gathered.num_without_reference,
         num_repeated=len(records.ids) - len(repeated),
-        num_unused_references=source.num_unused_references(records.ids),
+        num_unused_references=source.num_unused_references,
         has_gold=source.gold is not None,
     )
 

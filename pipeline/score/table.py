@@ -48,7 +48,7 @@ def _remarks(scores: Scores) -> Iterator[str]:
         what = " in the reference file" if scores.has_gold else ""
         yield f"left out     {_records(scores.num_without_reference)} without a reference{what}"
     if scores.num_unused_references:
-        yield f"not asked    {scores.num_unused_references:,} ids of the reference file, which no record has"
+        yield f"not asked    {scores.num_unused_references:,} of the ids in the reference file, which no record has"
     if scores.num_repeated:
         yield f"repeated     {_records(scores.num_repeated)} with the id, prompt and sample of another; all count"
 

@@ -70,6 +70,7 @@ def test_the_forms_of_scienceqa(response: str, chosen: str | None) -> None:
         ("The answer is not (B)", None),
         ("The answer is not (B) but (C)", "C"),
         ("The answer is (A) or (B).", None),
+        ("The answer is (A). On second thoughts, the answer is (B).", "B"),
         ("The answer is A and C.", None),
         ("(C), I think", "C"),
         ("", None),

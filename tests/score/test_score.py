@@ -18,6 +18,7 @@ from small_run import FAULT, answer, finished_run, keys_of, new_ledger, new_plan
 
 from pipeline.__main__ import main
 from pipeline.errors import RunFailed, UsageError
+from pipeline.score import metrics_named
 from pipeline.score.options import ScoreOptions
 from pipeline.score.output import write_scores
 from pipeline.score.scoring import score
@@ -150,11 +151,11 @@ def test_a_file_of_references_is_joined_by_id(tmp_path: Path) -> None:
     words = {"predictions": str(run), "reference": gold, "reference_column": "answers", "reference_id_column": "image"}
     found = scored(**words, by="kind")["exact_match"]  # kind is in both: the predictions' is taken
     assert (found["value"], found["num_rows"]) == (0.5, 2)
-    assert (found["num_without_reference"], found["num_unused_references"]) == (4, 2)
+    assert (found["num_without_reference"], found["num_unused_references"]) == (4, 1)
     assert [entry["group"] for entry in found["groups"]] == ["a"]
     text = told(**words)
     assert "left out     4 records without a reference in the reference file" in text
-    assert "not asked    2 ids of the reference file, which no record has" in text
+    assert "not asked    1 of the ids in the reference file, which no record has" in text
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".tsv", ".json", ".jsonl"])
@@ -239,6 +240,37 @@ def test_parts_of_yes_no_have_intervals(tmp_path: Path) -> None:
     assert found["precision"]["value"] == 0.5
     assert 0.3 < found["precision"]["low"] < 0.5 < found["precision"]["high"] < 0.7
     assert "yes_no recall: 0.5000" in told(predictions=answers, reference="gold", metric=["yes_no"])
+
+
+def test_what_is_not_defined_is_null_in_json(tmp_path: Path) -> None:
+    """NaN is no JSON: a parser of another language would refuse the file."""
+    answers = lines(tmp_path / "a.jsonl", [{"response": "no", "gold": "yes"}, {"response": "no", "gold": "no"}])
+    found = scored(predictions=answers, reference="gold", metric=["yes_no"])["yes_no"]
+    assert found["precision"] == {"value": None, "low": None, "high": None}
+    assert "NaN" not in (tmp_path / "a.score.json").read_text()
+    assert "yes_no precision: undefined  -" in told(predictions=answers, reference="gold", metric=["yes_no"])
+
+
+def test_an_empty_answer_is_an_answer(tmp_path: Path) -> None:
+    answers = lines(tmp_path / "a.jsonl", [{"response": "", "gold": "x"}, {"response": None, "gold": "x"}])
+    assert scored(predictions=answers, reference="gold")["exact_match"]["num_errors"] == 1
+
+
+def test_cider_learns_from_the_references_of_a_row_once(tmp_path: Path) -> None:
+    """Two samples of a row do not make a phrase of its references more common, nor an unknown one rarer."""
+    rows = [
+        {"id": number, "response": text + " unheard of", "gold": [text]}
+        for number, text in enumerate(("a red bus on a road", "a dog near a house", "two red dogs"))
+    ]
+    once = scored(predictions=lines(tmp_path / "a.jsonl", rows), reference="gold", metric=["cider"])
+    twice = [row for row in rows for _ in range(2)]
+    again = scored(predictions=lines(tmp_path / "b.jsonl", twice), reference="gold", metric=["cider"])
+    assert again["cider"]["value"] == pytest.approx(once["cider"]["value"], abs=1e-12)
+    assert once["cider"]["value"] > 1
+
+
+def test_a_metric_that_is_named_twice_is_scored_once() -> None:
+    assert [metric.name for metric in metrics_named(["anls", "bleu", "anls"])] == ["anls", "bleu"]
 
 
 def test_all_metrics_of_texts_at_once(tmp_path: Path) -> None:
