@@ -66,13 +66,17 @@ def histogram(title: str, values: Numbers, unit: str, caption: str) -> Plot | No
     """How often which number comes, whole numbers in bars of equal width; None where there is none."""
     if not len(values):
         return None
-    least, most = int(values.min()), int(values.max())
-    step = max(1, -(-(most - least + 1) // _MOST_BINS))
-    edges = np.arange(least, most + step + 1, step) - 0.5
     with _Canvas(f"{title}: {caption}") as canvas:
-        canvas.axes.hist(values, bins=edges, color=_ACCENT, rwidth=0.9)
+        canvas.axes.hist(values, bins=bin_edges(values), color=_ACCENT, rwidth=0.9)
         canvas.label(unit, "records")
     return Plot(title, canvas.svg, caption)
+
+
+def bin_edges(values: Numbers) -> Numbers:
+    """Edges of at most 40 bars or so of equal width, between whole numbers; every value is in one."""
+    least, most = int(values.min()), int(values.max())
+    step = max(1, -(-(most - least + 1) // _MOST_BINS))
+    return np.arange(least, most + step + 1, step) - 0.5
 
 
 def scatter(title: str, across: Numbers, up: Numbers, units: tuple[str, str], caption: str) -> Plot | None:

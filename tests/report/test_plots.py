@@ -12,7 +12,7 @@ import pytest
 from made_run import made_run, put_pictures
 from page_reader import check_harmless, page_read
 
-from pipeline.report.plots import histogram, scatter, steps
+from pipeline.report.plots import bin_edges, histogram, scatter, steps
 from pipeline.report.report import write_report
 
 
@@ -48,9 +48,10 @@ def test_colours_are_those_of_the_page() -> None:
 
 def test_every_number_is_in_a_bar() -> None:
     """Bars of one value each where there is room, whole numbers else; nothing falls out at either end."""
-    for values in (np.array([5]), np.arange(100), np.array([0, 100_000]), np.array([3, 3, 3])):
-        plot = histogram("Lengths", values, "tokens", "")
-        assert plot is not None and plot.svg.count("<path") > 1
+    for values in (np.array([5]), np.arange(100), np.array([0, 100_000]), np.array([3, 3, 3]), np.arange(7, 48)):
+        edges = bin_edges(values)
+        assert np.histogram(values, edges)[0].sum() == len(values)
+        assert 1 < len(edges) <= 43 and edges[0] < values.min() and edges[-1] > values.max()
     assert histogram("Lengths", np.empty(0, np.int64), "tokens", "") is None
 
 
