@@ -126,8 +126,8 @@ class Selection:
     def tables_of(self, path: Place, columns: Sequence[str]) -> Iterator[pa.Table]:
         """As tables(), of one file; with columns of bytes a hundred records at a time.
 
-        A shard's images are one page of Parquet as far as they are of 1,024 rows, and are unpacked at once all the same:
-        600 MB of them took 2.4 GB here, writing them included.
+        The images of up to 1,024 rows of a shard are one page of Parquet, and are unpacked at once all the same: 600 MB
+        of them took 2.4 GB here, writing them included.
         """
         asked = list(dict.fromkeys([*columns, *_ASKED]))
         schema = self.results.schema
