@@ -165,9 +165,8 @@ class Feed:
                 self._in_work[name] = shard
                 return True
         except OSError as problem:
-            raise RunFailed(
-                f"{shard.name} cannot be claimed: {problem}. Restore the folder and run again."
-            ) from problem
+            path = self._claims.path(name)
+            raise RunFailed(f"{path} cannot be written: {problem}. Restore the folder and run again.") from problem
         return False
 
     def _release_published(self) -> None:

@@ -27,7 +27,7 @@ def conclude(output_dir: Place, *, is_retry: bool) -> None:
     with Claims(output_dir / "work", uuid.uuid4().hex[:12]) as claims:
         if not claims.take("manifest"):
             return
-        status = read_status(output_dir)
+        status = read_status(output_dir, ended=True)
         if not write_manifest(output_dir, status) and not is_retry:
             left = status.plan.num_shards - status.num_shards_done
             raise RunFailed(

@@ -67,14 +67,16 @@ class Status:
         return [worker for worker in self.workers if is_running(worker)]
 
 
-def read_status(output_dir: Place) -> Status:
+def read_status(output_dir: Place, *, ended: bool = False) -> Status:
     """The status of a run.
+
+    ended: every shard should be there, and is looked for by name where a listing is late.
 
     Raises:
         UsageError: there is no run in this folder.
     """
     plan = plan_of_run(output_dir)
-    shards = published_shards(output_dir / "data", plan.plan_id)
+    shards = published_shards(output_dir / "data", plan.plan_id, range(plan.num_shards) if ended else ())
     workers = read_worker_stats(output_dir / "stats", plan.plan_id)
     return Status(
         plan=plan,

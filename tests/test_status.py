@@ -18,8 +18,9 @@ from command_line import CHECKOUT
 from small_run import FAULT, answer, finished_run, keys_of, new_ledger, new_plan, row, tree, work
 
 from pipeline.errors import RunFailed, UsageError
-from pipeline.manifest import write_manifest
+from pipeline.manifest import conclude, write_manifest
 from pipeline.status import read_status, status_lines
+from pipeline.write import shard
 from pipeline.write.crash_point import VARIABLE
 from pipeline.write.journal import Journal, JournalHeader
 
@@ -50,6 +51,18 @@ def test_a_finished_run_says_so_with_its_errors(tmp_path: Path) -> None:
     lines = list(status_lines(tmp_path, read_status(tmp_path)))
     assert lines[-1] == "state    done"
     assert any("3 x decode/UnidentifiedImageError" in line for line in lines)
+
+
+def test_a_run_that_ended_is_whole_though_its_folder_is_listed_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system shows new names seconds later, and opens them at once."""
+    finished_run(tmp_path, 9)
+    monkeypatch.setattr(shard, "shard_files", lambda data_dir: iter(()))
+    assert read_status(tmp_path).num_shards_done == 0
+    assert read_status(tmp_path, ended=True).complete
+    conclude(tmp_path, is_retry=False)
+    assert json.loads((tmp_path / "manifest.json").read_text())["num_shards"] == 3
 
 
 def test_a_journal_beside_its_published_shard_counts_once(tmp_path: Path) -> None:
@@ -175,7 +188,7 @@ def test_a_kill_while_the_manifest_is_written(point: str, is_there: bool, tmp_pa
     answers = tree(tmp_path / "data")
     script = f"""
 from pathlib import Path
-from pipeline.manifest import write_manifest
+from pipeline.manifest import conclude, write_manifest
 from pipeline.status import read_status
 write_manifest(Path({str(tmp_path)!r}), read_status(Path({str(tmp_path)!r})))
 """

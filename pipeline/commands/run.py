@@ -43,7 +43,7 @@ def launch(config: RunConfig, call: Call, only: Collection[str] | None) -> int:
         return 0  # a scheduler has it
     if ranks().rank:
         return 0  # what is said now is said by rank 0
-    status = read_status(output_dir)
+    status = read_status(output_dir, ended=True)
     write_manifest(output_dir, status)  # which a kill may have left undone
     fresh = [worker for worker in status.workers if worker["started"] >= started]
     if not fresh:

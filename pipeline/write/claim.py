@@ -90,7 +90,7 @@ class Claims:
         raise AssertionError("unreachable")
 
     def _take(self, shard_name: str) -> bool:
-        path = self._path(shard_name)
+        path = self.path(shard_name)
         self._work_dir.mkdir(exist_ok=True)
         if not create_file(path, self._content(), beside=self._work_dir, durable=False):
             version = path.version() if isinstance(path, ObjectPath) else None
@@ -110,8 +110,8 @@ class Claims:
         """Give a shard up, done or not. What somebody took over meanwhile stays theirs."""
         with self._lock:
             self._held.discard(shard_name)
-            if _read(self._path(shard_name)) == self._own:
-                self._path(shard_name).unlink(missing_ok=True)
+            if _read(self.path(shard_name)) == self._own:
+                self.path(shard_name).unlink(missing_ok=True)
 
     def leave(self, shard_name: str) -> None:
         """Have a claim stand there without an owner, as a sign: whoever clears work/ removes it."""
@@ -122,7 +122,7 @@ class Claims:
         """Renew the lease of every claim that is held; forget those that somebody took over."""
         with self._lock:
             for shard_name in list(self._held):
-                path = self._path(shard_name)
+                path = self.path(shard_name)
                 if _read(path) != self._own:
                     self._held.discard(shard_name)
                     continue
@@ -138,7 +138,8 @@ class Claims:
         for shard_name in list(self._held):
             self.release(shard_name)
 
-    def _path(self, shard_name: str) -> Place:
+    def path(self, shard_name: str) -> Place:
+        """The file that says whose a shard is."""
         return self._work_dir / f"{shard_name}.claim"
 
     def _content(self) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import RunFailed
+from pipeline.records import Shard
 from pipeline.write.crash_point import crash_point, crashing_file
 from pipeline.write.file import NO_HARD_LINKS, Place, open_read, sync_directory
 from pipeline.write.object_store import ObjectPath
@@ -33,9 +34,15 @@ _FOOTER_BYTES = 64 * 1024  # enough for most; a longer one costs a second reques
 _MOST_FOOTER_BYTES = 64 * 1024**2
 
 
-def published_shards(data_dir: Place, plan_id: str) -> dict[int, ShardSummary]:
-    """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done."""
-    return summaries_of_plan(dict(shard_files(data_dir)), plan_id)
+def published_shards(data_dir: Place, plan_id: str, expected: Iterable[int] = ()) -> dict[int, ShardSummary]:
+    """The shards of this plan that are done, by number. Foreign, damaged and empty files are not done.
+
+    expected: numbers that are looked for by name where the listing lacks them. A network file system may list a new
+        file seconds late and open it at once.
+    """
+    files = dict(shard_files(data_dir))
+    files |= {number: data_dir / f"{Shard(number, 0, 0).name}.parquet" for number in expected if number not in files}
+    return summaries_of_plan(dict(sorted(files.items())), plan_id)
 
 
 def summaries_of_plan(files: Mapping[int, Place], plan_id: str) -> dict[int, ShardSummary]:
