@@ -124,7 +124,11 @@ class Selection:
             yield from self.tables_of(path, columns)
 
     def tables_of(self, path: Place, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """As tables(), of one file; with columns of bytes in parts, as a thousand photographs are gigabytes."""
+        """As tables(), of one file; with columns of bytes a hundred records at a time.
+
+        The images of up to 1,024 rows of a shard are one page of Parquet, and are unpacked at once all the same: 600 MB
+        of them took 2.4 GB here, writing them included.
+        """
         asked = list(dict.fromkeys([*columns, *_ASKED]))
         schema = self.results.schema
         in_file = {self.results.column(name): name for name in schema.names}
@@ -161,7 +165,7 @@ class Selection:
 
 
 def _parts(path: Place, names: Mapping[str, str]) -> Iterator[pa.Table]:
-    """A shard some rows at a time, read page by page.
+    """A shard some rows at a time.
 
     names: what a column is to be called -> its name in the file.
     """
