@@ -139,9 +139,9 @@ def test_the_script_starts_the_command_again(
 def test_the_whole_command_line_is_what_a_member_starts(
     vlm_batch: CommandLine, tmp_path: Path, program: Program
 ) -> None:
-    said = vlm_batch("run", "cluster=slurm", "dataset.max_rows=5", "--config-dir=.").stdout
+    said = vlm_batch("run", "cluster=slurm", "dataset.max_rows=5", "report=false", "--config-dir=.").stdout
     assert "job 7" in said and (tmp_path / "outputs/demo/plan.json").exists()
-    start = f"exec {sys.executable} -m pipeline run cluster=slurm dataset.max_rows=5 --config-dir=."
+    start = f"exec {sys.executable} -m pipeline run cluster=slurm dataset.max_rows=5 report=false --config-dir=."
     assert start in script(tmp_path)
 
 

@@ -54,7 +54,7 @@ def test_a_run_and_its_resume_know_no_pickles(tmp_path: Path) -> None:
     start(tmp_path, *job, prelude=NO_FILES)
     start(tmp_path, *job, command="retry", prelude=NO_FILES)
     start(tmp_path, *job, command="audit", prelude=NO_FILES)
-    assert kinds(tmp_path / "out") == {"JSON", "Parquet"}
+    assert kinds(tmp_path / "out") == {"JSON", "Parquet", "dataset card"}
     assert len(records(tmp_path)) == 30
 
 
@@ -70,6 +70,8 @@ def kind(path: Path) -> str:
     if content.startswith(b"PAR1") and content.endswith(b"PAR1"):
         pq.ParquetFile(path).close()
         return "Parquet"
+    if path.name == "README.md" and content.startswith(b"---\n"):
+        return "dataset card"
     if path.suffix == ".taken" and len(content) % 8 == 0:
         return "row numbers"
     try:
