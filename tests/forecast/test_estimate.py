@@ -62,6 +62,14 @@ def test_what_is_not_measured_here_widens_the_interval() -> None:
     assert width(estimate(10_000)) < width(estimate(10_000, Fleet(2))) < width(estimate(10_000, Fleet(2, num_here=2)))
 
 
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some libraries set what a launcher sets, for the whole process."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
 def test_workers_are_those_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def team(*words: str) -> Fleet:
         return fleet(compose(words).config)
@@ -82,6 +90,7 @@ def test_workers_are_those_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> No
     assert team("vlm.device_map=auto").accelerators == 2
 
 
+@pytest.mark.usefixtures("no_launcher")
 def test_a_worker_is_measured_on_its_share_of_the_machine() -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     before = {name: os.environ.get(name) for name in names}
