@@ -29,7 +29,10 @@ ELSEWHERE = {
     ),
     r"vlm-batch (run|status) .*s3://.*": "tests/object_store/test_runs_there.py::test_pictures_and_answers_in_a_store",
 }
-PYTHON_ELSEWHERE = {"pipeline.ray_data": "tests/cluster/test_ray.py::test_a_stage_of_ray_data_answers_as_a_run_does"}
+PYTHON_ELSEWHERE = {
+    "pipeline.ray_data": "tests/cluster/test_ray.py::test_a_stage_of_ray_data_answers_as_a_run_does",
+    "s3://": "tests/object_store/test_runs_there.py::test_pictures_and_answers_in_a_store",
+}
 SETUP = r"make \w[\w-]*|pip install .*|bash \.ci/run|scripts/slurm_node\.sh \w+|git clone .*|cd .*"
 STANDARD_INPUT = "What is the first digit?\n/quit\n"
 
