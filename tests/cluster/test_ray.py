@@ -141,7 +141,10 @@ def crew(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., RayCrew]]:
 
 
 @pytest.mark.slow
-def test_each_actor_knows_its_rank_and_who_is_beside_it(crew: Callable[..., RayCrew], tmp_path: Path) -> None:
+def test_each_actor_knows_its_rank_and_who_is_beside_it(
+    crew: Callable[..., RayCrew], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.ray_crew._GATHER_SECONDS", 120.0)  # a busy machine starts them slowly
     crew(crews.tells, num_workers=3).run()
     told = [(tmp_path / f"{rank}.told").read_text().split() for rank in range(3)]
     assert [words[:2] + words[-1:] for words in told] == [[str(rank), "3", f"{rank}/3"] for rank in range(3)]
