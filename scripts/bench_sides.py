@@ -156,9 +156,13 @@ class Ours:
 def phases(stats: Mapping[str, Any]) -> dict[str, float]:
     """Every share of the work that a run reports: names in _seconds, of the run and of what lies one level below."""
     whole = ("loading_seconds", "seconds", "trial_seconds", "heartbeat_seconds")
-    found = {name: value for name, value in stats.items() if name.endswith("_seconds") and name not in whole}
-    for inner in (value for value in stats.values() if isinstance(value, Mapping)):
-        found |= {name: value for name, value in inner.items() if name.endswith("_seconds") and name not in whole}
+    levels = [stats, *(value for name, value in stats.items() if isinstance(value, Mapping) and name != "series")]
+    found = {
+        name: value
+        for level in levels
+        for name, value in level.items()
+        if name.endswith("_seconds") and name not in whole
+    }
     return {name.removesuffix("_seconds"): float(value) for name, value in found.items()}
 
 
