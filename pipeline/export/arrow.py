@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from pipeline.export.destination import new_file, refuse_taken, target
+from pipeline.export.one_file import in_one_file
 from pipeline.export.options import COMMON, Errors, ExportOptions
-from pipeline.export.parquet import table_schema
 from pipeline.export.selection import Selection
 from pipeline.write.file import Place
 
@@ -18,15 +17,6 @@ def export(selection: Selection, options: ExportOptions, output_dir: Place) -> s
     """Write the file; where it is, as a phrase.
 
     Raises:
-        UsageError: it is there already, or a column is not.
-        RunFailed: it cannot be written.
+        UsageError, RunFailed: as in_one_file().
     """
-    path = target(output_dir, options.to, "answers.arrow")
-    refuse_taken(path, options.exists)
-    columns = selection.columns(with_bytes=True)
-    schema = table_schema(selection, columns)
-    with new_file(path) as file, pa.ipc.new_file(file, schema) as writer:
-        for table in selection.tables(list(columns.values())):
-            writer.write_table(pa.table(table.columns, schema=schema))
-            selection.num_written += table.num_rows
-    return f"in {path}"
+    return in_one_file(selection, options, output_dir, name="answers.arrow", writer=pa.ipc.new_file)

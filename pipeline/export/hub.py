@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from pipeline.card import NAME, CardFacts, card_text, facts_of, is_ours
 from pipeline.errors import RunFailed, UsageError, VlmBatchError
 from pipeline.export.destination import refuse_sidecar_words
+from pipeline.export.one_file import table_schema
 from pipeline.export.options import COMMON, Errors, ExportOptions
-from pipeline.export.parquet import table_schema
 from pipeline.export.selection import Selection
 from pipeline.status import read_status
 from pipeline.write.file import Place
