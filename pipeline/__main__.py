@@ -70,6 +70,8 @@ def _main(words: list[str], command_line: Sequence[str]) -> int:
         _print_keys(command, call)
         return 0
     if "--cfg" in words:
+        if command.keys is Keys.NONE:
+            raise UsageError(f"{name} has no configuration to print; vlm-batch {name} --help lists its words.")
         print(call.composed().yaml, end="")
         return 0
     return command.execute(call)

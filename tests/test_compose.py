@@ -322,3 +322,10 @@ def test_a_folder_of_images_has_a_prompt_that_needs_no_column() -> None:
     ocr = config("experiment=ocr_pages", "dataset.path=scans", "vlm.path=m").prompt.user
     assert ocr.startswith("Transcribe all text")
     assert config().prompt.user == "{{ question }}"
+
+
+def test_a_command_without_a_configuration_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.__main__ import main
+
+    assert main(["score", "--cfg"]) == 2
+    assert "score has no configuration to print" in capsys.readouterr().err
