@@ -270,7 +270,8 @@ def test_a_job_that_slurm_has_forgotten_is_one_that_has_ended(tmp_path: Path, pr
 
 @pytest.mark.usefixtures("impatient")
 def test_whoever_stops_waiting_stops_nothing_else(tmp_path: Path, program: Program) -> None:
-    program("squeue", "echo '7_0|RUNNING|None'; kill -INT $PPID")
+    # It interrupts once it is waited for: before that subprocess itself would lose sight of it.
+    program("squeue", "sleep 0.5; echo '7_0|RUNNING|None'; kill -INT $PPID")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(Interrupted, match=r"job 7 goes on\. 'scancel 7' ends it"):
