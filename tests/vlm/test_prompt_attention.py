@@ -233,5 +233,5 @@ def test_the_fastest_is_taken(
     ways = {"float32": Way("float32", "", float32), "products": Way("products", "", products)}
     monkeypatch.setattr(prompt_attention, "WAYS", ways)
     text = family("llava").model.config.get_text_config(decoder=True)
-    assert prompt_attention.fastest_way(text, torch.float32, num_tokens=20) == "float32"  # at every start
-    assert prompt_attention.fastest_way(text, torch.bfloat16, num_tokens=20) == wanted
+    assert prompt_attention.fastest_way(text, torch.float32, num_rows=2, num_tokens=20) == "float32"  # at every start
+    assert prompt_attention.fastest_way(text, torch.bfloat16, num_rows=2, num_tokens=20) == wanted

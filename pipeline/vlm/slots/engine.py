@@ -26,6 +26,7 @@ from pipeline.vlm.options import SlotsConfig
 from pipeline.vlm.sampling import Sampler
 from pipeline.vlm.slots.fit import SlotsFit
 from pipeline.vlm.slots.loop import SlotLoop
+from pipeline.vlm.slots.prefill import num_prefill_tokens
 from pipeline.vlm.slots.queue import Queue, SharedPrefix, Waiting, has_image_positions, has_windows, image_token_ids
 from pipeline.vlm.static import StaticEngine
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 _WINDOW_SLOTS = 8  # samples that are sorted together, for each slot
 _REFILL_SHARE = 8  # an eighth of the slots is refilled at once
-_MAX_PREFILL_TOKENS = 16_384  # of prompts at a time
 _CALM_ANSWERS = 256  # after so many without trouble a budget that shrank doubles
 
 
@@ -79,7 +79,7 @@ class SlotsEngine:
                 image_token_ids(config), ends_after_images=not has_image_positions(config)
             )
         self._max_slots = options.max_batch_rows
-        self._full_prefill_tokens = self._max_prefill_tokens = _num_prefill_tokens(loaded)
+        self._full_prefill_tokens = self._max_prefill_tokens = num_prefill_tokens(loaded.model, loaded.device)
         self._num_calm_answers = 0
         self._counts = EngineCounts()
         self.counts = self._counts
@@ -288,14 +288,3 @@ class SlotsEngine:
     def _generation(self, sample: EncodedSample, *, keep_logits: bool = False) -> Generation:
         logits_SV: list[torch.Tensor] | None = [] if keep_logits else None
         return Generation(sample, sample.max_new_tokens or self.max_new_tokens, logits_SV=logits_SV)
-
-
-def _num_prefill_tokens(loaded: LoadedModel) -> int:
-    """Tokens of prompts to be computed at a time: enough to be busy with.
-
-    More is no faster on a CPU, where the memory of large results is slow to get (device.keep_freed_memory).
-    """
-    if loaded.device.type != "cpu":
-        return _MAX_PREFILL_TOKENS
-    hidden_size = int(getattr(loaded.model.config.get_text_config(decoder=True), "hidden_size", 0) or 1024)
-    return min(_MAX_PREFILL_TOKENS, max(512, (3 << 18) // hidden_size))

@@ -31,6 +31,7 @@ from pipeline.vlm.slots.prefix import MAX_PACK_TOKENS, Continuation, Prefix
 from pipeline.vlm.slots.prompt_attention import Way, attended, images_attended
 from pipeline.vlm.slots.queue import Waiting
 
+_MAX_TOKENS = 16_384  # of prompts at a time
 _PREFIX_BYTES = 1 << 28  # of the last batch's prefixes, which the rest of a large family goes on from
 
 
@@ -234,3 +235,14 @@ def _identity(sample: EncodedSample) -> object:
 def _prefix_key(one: Waiting) -> tuple[str, bytes]:
     assert one.sample.image_key is not None
     return one.sample.image_key, one.sample.tensors["input_ids"][0, : one.num_shared].tobytes()
+
+
+def num_prefill_tokens(model: Any, device: torch.device) -> int:
+    """Tokens of prompts to be computed at a time: enough to be busy with.
+
+    More is no faster on a CPU, where the memory of large results is slow to get (device.keep_freed_memory).
+    """
+    if device.type != "cpu":
+        return _MAX_TOKENS
+    hidden_size = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0) or 1024)
+    return min(_MAX_TOKENS, max(512, (3 << 18) // hidden_size))

@@ -20,6 +20,7 @@ from pipeline.vlm.options import DecodeAttention, SlotsConfig
 from pipeline.vlm.slots.decode_kernel import Kernel, fastest, kernels
 from pipeline.vlm.slots.features import ImageFeatures
 from pipeline.vlm.slots.graph import recorder
+from pipeline.vlm.slots.prefill import num_prefill_tokens
 from pipeline.vlm.slots.projection import Choice, Projections, probed
 from pipeline.vlm.slots.prompt_attention import TORCH, WAYS, Way, fastest_way
 
@@ -82,11 +83,16 @@ class Speedups:
             return
         self.way = self._settled(
             "attention to prompts",
-            lambda: fastest_way(self._text, self._model.dtype, num_tokens=min(num_tokens, _TRIED_TOKENS)),
+            lambda: self._fastest_way(min(num_tokens, _TRIED_TOKENS)),
             lambda name: None if name == TORCH else WAYS[name],
         )
         if self.way is not None:
             log.info("slots: prompts are attended to some queries at a time, by %s", self.way.doc)
+
+    def _fastest_way(self, num_tokens: int) -> str:
+        """To attend to prompts of so many tokens, as many of them as are computed at a time."""
+        num_rows = max(1, num_prefill_tokens(self._model, self._device) // num_tokens)
+        return fastest_way(self._text, self._model.dtype, num_rows=num_rows, num_tokens=num_tokens)
 
     def fastest_kernel(self, like_HTD: torch.Tensor, num_cells: int) -> Kernel:
         """Of attention in decode steps; what was asked for, if something was.
