@@ -285,6 +285,7 @@ def test_every_option_of_every_choice_has_a_sentence_and_slots() -> None:
                 assert len(doc_of(entry)) > 5, f"{type(node).__name__}.{entry.name} has no sentence for --help"
 
     del groups["experiment"]
+    groups["vlm"] = groups["vlm"][:1]  # presets: other values of the same options
     for number in range(max(map(len, groups.values()))):
         words = [f"{group}={names[number % len(names)]}" for group, names in groups.items()]
         check(config(*words, "dataset.path=x", "vlm.path=x", "output_dir=x"))

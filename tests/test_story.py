@@ -174,6 +174,7 @@ def test_a_run_in_which_every_row_failed_is_a_failed_run(vlm_batch: CommandLine,
     vlm_batch(*job, "max_error_rate=null")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_broken_as_a_whole_stops_and_says_why(vlm_batch: CommandLine, tmp_path: Path) -> None:
     """Fault 37: over the error budget: exit code 1 and the commonest error; a raised budget goes on."""
     pictures = tmp_path / "pictures"

@@ -11,6 +11,7 @@ import pytest
 from command_line import CHECKOUT
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_installed_wheel_runs_elsewhere(tmp_path: Path) -> None:
     """Built without the network, unpacked into a folder of its own, started in another one."""

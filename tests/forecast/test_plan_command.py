@@ -75,6 +75,7 @@ def test_the_table_says_first_what_it_costs_then_what_limits_then_what_is_wrong(
     assert tree(tmp_path) == before and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_json_has_every_figure_and_they_agree(vlm_batch: CommandLine, tmp_path: Path) -> None:
     done = vlm_batch("plan", "json=true", "sample_rows=24", "price_per_hour=2", "output_dir=out")
     assert not list(tmp_path.iterdir()), "nothing is written"
@@ -174,6 +175,7 @@ def test_names_of_rows_cannot_steer_a_terminal(vlm_batch: CommandLine, tmp_path:
     assert "\\x1b[31m\\nprice" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_plan_ends_with_75_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "plan", f"output_dir={tmp_path / 'out'}"]
     with subprocess.Popen(

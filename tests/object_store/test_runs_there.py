@@ -87,6 +87,7 @@ def job(folder: ObjectPath, tmp_path: Path) -> Job:
     return Job(folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_pictures_and_answers_in_a_store(folder: ObjectPath, tmp_path: Path) -> None:
     job = Job(folder / "out", tmp_path, source=f"{folder}/pictures")
     for path in (tmp_path / "pictures").iterdir():

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 from hostile_run import data_uri, png, records, start
 
 from pipeline.preview.terminal import Terminal
@@ -74,6 +75,7 @@ def test_errors_that_quote_a_row_cannot_steer_a_terminal(tmp_path: Path) -> None
     assert not _STEERS.search(printed), printed
 
 
+@pytest.mark.slow
 def test_file_names_and_columns_that_mean_harm(tmp_path: Path) -> None:
     """Fault S-8: escape sequences in names of files, folders, columns and settings: none in any message."""
     folder = tmp_path / "in\x1b[2J"

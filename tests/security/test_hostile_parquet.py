@@ -68,6 +68,7 @@ def test_the_one_malformed_file_that_can_be_read_is_read_right() -> None:
     assert list(config.open(config.scan()).rows(21_000, 21_030)) == rows[21_000:21_030]
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_run_over_a_damaged_file_has_an_error_record_for_each_of_its_rows(tmp_path: Path) -> None:
     """Fault P-1, P-2: a file whose checksums do not fit costs its own rows; a good file beside it is answered."""

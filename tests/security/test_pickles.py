@@ -44,6 +44,7 @@ pickle.Pickler = type("Pickler", (pickle.Pickler,), {"__init__": refused})
 """
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume_know_no_pickles(tmp_path: Path) -> None:
     """Fault S-9: a run that is killed, resumed, retried, audited: no file is unpickled, and none is a pickle."""
     lines = [json.dumps({"image": data_uri(n) if n % 5 else "absent.png"}) for n in range(1, 31)]

@@ -87,7 +87,7 @@ def test_a_crash_at_a_later_shard(point: str, times: int, tmp_path: Path, found:
 
 
 @pytest.mark.parametrize("kind", ["journal_bytes", "shard_bytes"])
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.torture)])
 def test_a_crash_at_any_byte(kind: str, times: int, tmp_path: Path, found: Found) -> None:
     """Fault 3: SIGKILL in the middle of a write: journals, rows and footers of shards."""
     rng = random.Random(times)

@@ -24,7 +24,10 @@ def starts_until_done(box: Box, found: Found, most: int) -> int:
     raise AssertionError(f"not done after {most} starts\n{printed}")
 
 
-@pytest.mark.parametrize(("batch_rows", "most"), [(1, 5), (3, 6), pytest.param(40, 8, marks=pytest.mark.torture)])
+@pytest.mark.parametrize(
+    ("batch_rows", "most"),
+    [pytest.param(1, 5, marks=pytest.mark.torture), (3, 6), pytest.param(40, 8, marks=pytest.mark.torture)],
+)
 def test_a_row_that_ends_the_process(batch_rows: int, most: int, tmp_path: Path, found: Found) -> None:
     """Fault 50: a row that ends the process becomes an error row after a few deaths."""
     box = Box(tmp_path / "box", 100, shard_rows=60)
