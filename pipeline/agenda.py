@@ -51,6 +51,11 @@ class Agenda:
         self._of_others = {number for number in of_others if number < plan.num_shards}  # by name
         self._foreign = read.keys() - self._published.keys()
 
+    @property
+    def has_journals(self) -> bool:
+        """Whether earlier starts, or other workers, have answers in journals: some shards lack fewer than it seems."""
+        return next((self._output_dir / "work").glob("part-*.journal"), None) is not None
+
     def shards(self) -> list[Shard]:
         """Those that lack answers: the rank's own in order, then the others' from the end.
 

@@ -77,6 +77,8 @@ def compose(words: Sequence[str], *, config_dir: str | None = None, own: Sequenc
                 f"{entry.name}: the chosen YAML file does not say which options it sets. Its first line has to be "
                 f"'defaults: [CHOICE_schema, _self_]', where CHOICE is one of {', '.join(choices()[entry.name])}."
             )
+    if config.output_dir == "":
+        raise UsageError("output_dir= is empty: a shell's variable that is not set? Name a folder, or leave it out.")
     check_ranges(config)
     refuse_secrets(config)
     return Composed(config, redacted(OmegaConf.to_yaml(tree, resolve=True)))
@@ -220,7 +222,9 @@ def _value(parent: Any, name: str, key: str, text: str) -> Any:
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={text}").value()
     except HydraException as problem:
-        raise UsageError(f"{key}={text}: not a value this key can take ({_sentence(problem)}).") from None
+        said = _sentence(problem)
+        remedy = " Put quotes around texts with such signs in a list or mapping." if "token recognition" in said else ""
+        raise UsageError(f"{key}={text}: not a value this key can take ({said}).{remedy}") from None
     if isinstance(parsed, (Sweep, Glob)):
         raise UsageError(f"{key}={text}: one value at a time. Put quotes around text with a comma: '\"{text}\"'.")
     if isinstance(parsed, str) and "${" in parsed and kind is not Any:

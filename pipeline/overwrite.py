@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 OLD_FOLDER = "old"
 _NAMES = (
     *(PLAN_FILE, "work", "data", "plan", "manifest.json", "stats", "tracking"),
-    *("report.html", "README.md", "score.json", "score_rows.parquet", "diff.json", "diff.html"),
+    *("report.html", "README.md", "score.json", "score_rows.parquet", "diff.json", "diff.html", "export"),
 )
 _UNFINISHED = "moving"  # a file in old/PLAN_ID until all has arrived there
 

@@ -225,7 +225,7 @@ def _source_is_gone(output_dir: Place, plan: Plan) -> bool:
 
 
 def refuse_stray_shards(output_dir: Place) -> None:
-    """Refuse a folder without a plan that holds shards: they are somebody's.
+    """Refuse a folder without a plan that holds shards, or files that a run would replace: they are somebody's.
 
     Raises:
         UsageError: it does.
@@ -234,6 +234,12 @@ def refuse_stray_shards(output_dir: Place) -> None:
         raise UsageError(
             f"{output_dir} holds shards but no {PLAN_FILE}. Restore {PLAN_FILE}, or choose another output_dir."
         )
+    for name in ("manifest.json", "report.html"):
+        if (output_dir / name).exists():
+            raise UsageError(
+                f"{output_dir} holds no run, but a {name}, which the run would replace. Choose another output_dir, or "
+                "move that file."
+            )
 
 
 def unwritable(output_dir: Place, problem: OSError) -> RunFailed:

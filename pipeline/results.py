@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import RunFailed, UsageError
 from pipeline.plan import Plan, plan_of_run, read_plan
+from pipeline.redaction import without_credentials
 from pipeline.write.file import Place, matching, open_read, place
 from pipeline.write.schema import ANSWER_FIELDS, FORM_FIELDS, PLAN_FIELDS, ShardSummary
 from pipeline.write.shard import read_shard, shard_files, summaries_of_plan
@@ -41,6 +42,11 @@ class Results:
     def complete(self) -> bool:
         """Whether every record of the plan is there; true of files without a plan."""
         return self.plan is None or self.num_records == self.plan.num_records
+
+    @property
+    def num_errors(self) -> int:
+        """Error records of a run."""
+        return sum(sum(summary.errors.values()) for summary in self.summaries.values())
 
     @property
     def input_columns(self) -> list[str]:
@@ -113,6 +119,8 @@ def results_of_run(output_dir: Place) -> Results:
     plan = plan_of_run(output_dir)
     found = dict(shard_files(output_dir / "data"))
     summaries = summaries_of_plan(found, plan.plan_id)
+    if not plan.num_shards:
+        raise UsageError(f"{output_dir}: the run has no rows, as none were found in {without_credentials(plan.root)}.")
     if not summaries:
         raise UsageError(
             f"{output_dir}: none of the {plan.num_shards:,} shards is published yet; see vlm-batch status."
@@ -171,4 +179,4 @@ def _footer(path: Place) -> pq.FileMetaData:
         with open_read(path) as file:
             return pq.read_metadata(file)
     except (OSError, pa.ArrowException) as problem:
-        raise RunFailed(f"{path} cannot be read as Parquet: {problem}.") from problem
+        raise RunFailed(f"{path} cannot be read as Parquet: {str(problem).rstrip('.')}.") from problem

@@ -77,10 +77,11 @@ def run_share(config: RunConfig, only: Collection[str] | None, rank: int, world:
         return False  # before anything heavy is imported
     stop.check()
     log.info(
-        "%s rows to answer in %s shards, %s done already; loading the model ...",
+        "%s rows to answer in %s shards, %s done already%s; loading the model ...",
         f"{agenda.num_records(todo):,}",
         f"{len(todo):,}",
         f"{tally.num_done:,}",
+        ", and what journals hold" if agenda.has_journals else "",
     )
 
     updated = changed_versions(plan)

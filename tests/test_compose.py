@@ -314,6 +314,17 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(word: str) -> None:
         compose([word])
 
 
+def test_an_empty_output_folder_is_no_default() -> None:
+    with pytest.raises(UsageError, match="output_dir= is empty"):
+        compose(["output_dir="])
+
+
+def test_text_that_needs_quotes_is_told_so() -> None:
+    with pytest.raises(UsageError, match=r"generation.choices=\[ja,größe\]: .* Put quotes around texts"):
+        compose(["generation.choices=[ja,größe]"])
+    assert config('generation.choices=[ja,"größe"]').generation.choices == ["ja", "größe"]
+
+
 def test_a_folder_of_images_has_a_prompt_that_needs_no_column() -> None:
     """The default question is a column, and files have none; who chooses a prompt has that one."""
     described = config("dataset=images", "dataset.path=photos").prompt.user

@@ -46,7 +46,8 @@ def test_an_old_run_is_whole_in_its_own_folder_and_the_new_one_begins_anew(tmp_p
     """Fault 26: an explicit overwrite moves the old run aside, whole, and begins anew; no answer is mixed."""
     old = finished_run(tmp_path)
     answers = tree(tmp_path / "data")
-    (tmp_path / "tracking").mkdir()  # curves of the old run
+    for name in ("tracking", "export"):  # curves and files of the old run
+        (tmp_path / name).mkdir()
     with pytest.raises(SettingsChanged, match="resume=overwrite moves"):
         opened(tmp_path, OTHER, Resume.auto)
     assert tree(tmp_path / "data") == answers
@@ -55,7 +56,8 @@ def test_an_old_run_is_whole_in_its_own_folder_and_the_new_one_begins_anew(tmp_p
     assert list((tmp_path / "data").iterdir()) == []
     aside = tmp_path / "old" / old.plan_id
     assert tree(aside / "data") == answers
-    assert (aside / "tracking").is_dir() and not (tmp_path / "tracking").exists()
+    for name in ("tracking", "export"):
+        assert (aside / name).is_dir() and not (tmp_path / name).exists()
     assert read_plan(aside) == old
     assert audit(aside).passed
     finish(tmp_path, plan)

@@ -235,6 +235,14 @@ def test_shards_without_a_plan_are_refused(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "report.html"])
+def test_files_of_somebody_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds no run, but a {name}"):
+        start(tmp_path, inputs(6))
+    assert tree(tmp_path) == {name: b"mine"}
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"plan_id": "x"}', "\0\0"])
 def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "plan.json").write_text(content)

@@ -13,6 +13,7 @@ from pipeline.errors import ErrorBudgetExceeded
 from pipeline.manifest import write_manifest
 from pipeline.planning import Resume
 from pipeline.ranks import ranks
+from pipeline.redaction import without_credentials
 from pipeline.report.report import REPORT_FILE
 from pipeline.run import prepare, run
 from pipeline.shown import shown
@@ -51,7 +52,9 @@ def launch(config: RunConfig, call: Call, only: Collection[str] | None) -> int:
     fresh = [worker for worker in status.workers if worker["started"] >= started]
     if not fresh:
         done = f"All {status.plan.num_records:,} rows are done already" if only is None else "No such error row is left"
-        print(f"{done}; no model was loaded.")
+        if not status.plan.num_records:
+            done = f"No row was found in {without_credentials(status.plan.root)}"
+        print(shown(f"{done}; no model was loaded."))
         if config.resume is Resume.extend:
             print("input    nothing was added to it")
         else:
@@ -66,7 +69,8 @@ def launch(config: RunConfig, call: Call, only: Collection[str] | None) -> int:
         together = f", {len(fresh)} workers" if len(fresh) > 1 else ""
         print(f"speed    {rows:.1f} rows/s, {tokens:.0f} tokens/s{together}")
         print(f"time     {', '.join(f'{name} {share:.0%}' for name, share in phases(fresh).items())}")
-    print(shown(f"data     {output_dir / 'data'}/part-*.parquet"))
+    if status.plan.num_shards:
+        print(shown(f"data     {output_dir / 'data'}/part-*.parquet"))
     if config.report and (output_dir / REPORT_FILE).is_file():
         print(shown(f"report   {output_dir / REPORT_FILE}"))
     if status.complete and 0 < status.plan.num_records == sum(status.errors.values()):

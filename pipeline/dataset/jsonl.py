@@ -120,7 +120,10 @@ class _Scan:
             warnings.append(f"{self.num_cleaned} strings had a lone surrogate, which was replaced")
         schema = pa.schema([pa.field(name, seen.type()) for name, seen in self.seen.items()])
         if not self.seen:  # no row, or none that parses: nothing to hold the configured names against
-            return schema, [*warnings, f"no row in {self.config.path}"]
+            none = (
+                f"no line of {self.config.path} parses: expected UTF-8, and as many fields as the header has, or JSON"
+            )
+            return schema, [*warnings, none if self.num_broken else f"no row in {self.config.path}"]
         mixed = [name for name, seen in self.seen.items() if seen.is_mixed() and name != self.config.image_column]
         if mixed:
             warnings.append(f"columns of mixed types, kept as text: {', '.join(mixed)}")

@@ -32,6 +32,7 @@ _COMPARED: dict[str, Callable[[pa.DataType], bool]] = {
     "num_generated_tokens": pa.types.is_integer,
     "image_sha256": _is_hashes,
 }
+_OF_RESPONSE = ("finish_reason", "num_generated_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,9 @@ class Side:
     @property
     def compared(self) -> list[str]:
         """Our columns beside the answer that are compared."""
-        return [name for name, fits in _COMPARED.items() if name in self.results.names and fits(self.type_of(name))]
+        there = [name for name, fits in _COMPARED.items() if name in self.results.names and fits(self.type_of(name))]
+        # An ending and a length are those of the run's own answers.
+        return there if self.response == "response" else [name for name in there if name not in _OF_RESPONSE]
 
     def type_of(self, column: str) -> pa.DataType:
         """Of a column as Results.tables() gives it."""

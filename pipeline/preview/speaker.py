@@ -40,9 +40,14 @@ class Speaker:
         stream = AnswerStream(
             engine, self._processor.tokenizer, sample, stop_strings=self._config.generation.stop, halt=halt
         )
-        self._terminal.begin(label)
+        is_begun = False
         for piece in stream:
+            if not is_begun:  # not before: an engine that is new has things to say first
+                self._terminal.begin(label)
+                is_begun = True
             self._terminal.add(piece)
+        if not is_begun:
+            self._terminal.begin(label)
         self._terminal.end()
         answer = stream.answer
         assert answer is not None, "an engine that nobody stopped answers its sample"

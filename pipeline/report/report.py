@@ -103,19 +103,20 @@ def report_page(output_dir: Place, options: ReportOptions, is_stopped: Callable[
     commonest = errors.most_common()
     sample = sample_of(results, options.examples, [kind for kind, _ in commonest])
     groups = groups_of(results, sample, options.root, is_stopped)
+    scored = _scored(output_dir)
     return rendered(
         _TEMPLATE,
         name=Path(str(output_dir)).name or str(output_dir),
         path=str(output_dir),
         plan=plan,
         about=_about(plan, results),
-        facts=list(_facts(results, errors.total(), workers)),
-        notes=list(_notes(results, sample)),
+        facts=list(_facts(results, workers)),
+        notes=[*_notes(results, sample), *_old_scores(scored, results)],
         endings=_bars(Counter(sample.finish_reasons).most_common(), sample.num_answers),
         errors=_bars(commonest, results.num_records),
         phases=[(name, part, share(part, 1)) for name, part in phases(workers).items()] if workers else [],
         numbers=list(_numbers(sample)),
-        scores=_scores(output_dir),
+        scores=_scores(scored),
         warnings=_bars(sample.warnings.most_common(), sample.num_records),
         plots=_plots(sample, workers) if plots.can_draw() else None,
         how_to_draw=plots.HOW_TO_DRAW,
@@ -141,10 +142,11 @@ def _about(plan: Plan, results: Results) -> list[tuple[str, str]]:
     return [(name, plain_text(value, _MOST_SETTING_CHARACTERS)) for name, value in told.items() if value]
 
 
-def _facts(results: Results, num_errors: int, workers: Sequence[WorkerStats]) -> Iterator[tuple[str, str, str | None]]:
+def _facts(results: Results, workers: Sequence[WorkerStats]) -> Iterator[tuple[str, str, str | None]]:
     assert results.plan is not None
     left = None if results.complete else f"of {number(results.plan.num_records)} planned"
     yield "Records", number(results.num_records), left
+    num_errors = results.num_errors
     yield "Errors", number(num_errors), share(num_errors, results.num_records)
     num_tokens = sum(summary.num_generated_tokens for summary in results.summaries.values())
     answers = results.num_records - num_errors
@@ -155,7 +157,8 @@ def _facts(results: Results, num_errors: int, workers: Sequence[WorkerStats]) ->
         answered = sum(worker["num_answered"] for worker in workers)
         starts = f"{len(workers)} starts of workers" if len(workers) > 1 else None
         yield "Time at work", duration(seconds), starts
-        yield "Records a second", f"{answered / seconds:,.1f}", "models loading included"
+        counted = "models loading included" if results.complete else "with those of unfinished shards"
+        yield "Records a second", f"{answered / seconds:,.1f}", counted
         yield "Waiting for input", share(phases(workers)["waiting for input"], 1), "of the workers' time"
 
 
@@ -201,21 +204,41 @@ def _numbers(sample: Sample) -> Iterator[tuple[str, ...]]:
             yield title, *(number(int(value)) for value in np.percentile(values, (0, 50, 95, 100), method="nearest"))
 
 
-def _scores(output_dir: Place) -> list[tuple[str, str, str, str]]:
-    """Rows of the table of scores, where vlm-batch score has left some."""
+def _scored(output_dir: Place) -> dict[str, Mapping[str, Any]] | str:
+    """What vlm-batch score has left, by metric; or why it cannot be read."""
     try:
         content = json.loads((output_dir / "score.json").read_text())
     except FileNotFoundError:
-        return []
+        return {}
     except (OSError, ValueError) as problem:
-        return [(f"score.json cannot be read: {problem}", "", "", "")]
+        return f"score.json cannot be read: {problem}"
+    found = content.items() if isinstance(content, dict) else ()
+    return {str(name): one for name, one in found if isinstance(one, Mapping) and _is_number(one.get("value"))}
+
+
+def _scores(scored: dict[str, Mapping[str, Any]] | str) -> list[tuple[str, str, str, str]]:
+    """Rows of the table of scores."""
+    if isinstance(scored, str):
+        return [(scored, "", "", "")]
     rows = []
-    for metric, found in content.items() if isinstance(content, dict) else ():
-        if isinstance(found, Mapping) and _is_number(found.get("value")):
-            low, high = found.get("low"), found.get("high")
-            interval = f"{low:.4f} to {high:.4f}" if _is_number(low) and _is_number(high) else ""
-            rows.append((str(metric), f"{found['value']:.4f}", interval, str(found.get("num_rows", ""))))
+    for metric, found in scored.items():
+        low, high = found.get("low"), found.get("high")
+        interval = f"{low:.4f} to {high:.4f}" if _is_number(low) and _is_number(high) else ""
+        rows.append((metric, f"{found['value']:.4f}", interval, str(found.get("num_rows", ""))))
     return rows
+
+
+def _old_scores(scored: dict[str, Mapping[str, Any]] | str, results: Results) -> Iterator[str]:
+    """That the run has changed since it was scored."""
+    now = {"num_records": results.num_records, "num_error_records": results.num_errors}
+    for found in scored.values() if isinstance(scored, dict) else ():
+        then = {name: found.get(name, count) for name, count in now.items()}
+        if then != now:
+            yield (
+                f"The scores are of an earlier state of the run, {then['num_records']} records with "
+                f"{then['num_error_records']} errors among them: vlm-batch score makes new ones."
+            )
+            return
 
 
 def _is_number(value: Any) -> bool:

@@ -53,8 +53,10 @@ def _rows_file(scores: Scores, options: ScoreOptions, output: Place) -> Place | 
 
 def _json(scores: Scores, options: ScoreOptions) -> bytes:
     found = {}
+    run = _scored_run(scores)
     for number, metric in enumerate(scores.metrics):
         entry = _entry(scores.overall[number]) | {
+            **run,
             "num_without_reference": scores.num_without_reference,
             "num_unused_references": scores.num_unused_references,
             "num_repeated": scores.num_repeated,
@@ -71,6 +73,14 @@ def _json(scores: Scores, options: ScoreOptions) -> bytes:
             entry["groups"] = [{"group": name} | _entry(of[number]) for name, of in scores.groups.items()]
         found[metric.name] = entry
     return (json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
+
+
+def _scored_run(scores: Scores) -> dict[str, int]:
+    """What there was of a run when it was scored, by which a reader knows whether it has changed since."""
+    table = scores.table
+    if not isinstance(table, ResultsTable) or table.results.plan is None:
+        return {}
+    return {"num_records": table.results.num_records, "num_error_records": table.results.num_errors}
 
 
 def _entry(score: Score) -> dict[str, Any]:

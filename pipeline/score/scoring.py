@@ -118,6 +118,14 @@ class _Source:
         if not self.table.has(self.response_column) and options.response_column is None:
             raise UsageError(f"{self.table.path} has no column 'response': name the answers' with response_column=.")
         self._asked["response"] = self._response(options.response_column)
+        if options.response_column is None and isinstance(self.table, ResultsTable):
+            self.response_column = self.table.results.names.get("response", self.response_column)
+        self._is_run = isinstance(self.table, ResultsTable) and self.table.results.plan is not None
+        if self._is_run and options.id_column != "id":
+            raise UsageError(
+                f"id_column={options.id_column}: the records of a run go by the ids that it gave them, in the column "
+                "'id'; dataset.id_column= of the run chooses others."
+            )
         self._identity = identity_columns(self.table, options.id_column)
         if self.gold is not None and self._identity["id"] is None:
             self.table.column(options.id_column)  # says that it is not there
@@ -162,7 +170,8 @@ class _Source:
         ours, theirs = ", ".join(map(repr, self._examples)), ", ".join(map(repr, list(self.gold.rows)[:2]))
         return (
             f"{self.gold.path}: no id is one of the predictions', or all its answers are null. The predictions' ids "
-            f"are such as {ours}, the file's such as {theirs}. See id_column= and reference_id_column=."
+            f"are such as {ours}, the file's such as {theirs}. See {'' if self._is_run else 'id_column= and '}"
+            "reference_id_column=."
         )
 
     def _read(self) -> Iterator[tuple[Identity, dict[str, list[Any]]]]:

@@ -128,7 +128,7 @@ def schema_of(value: str) -> dict[str, Any]:
 def choices_problem(choices: Sequence[str]) -> str | None:
     """Why texts cannot be the choices of an answer; None where they can."""
     if not choices:
-        return "expected texts, one of which is the answer"
+        return "expected a list of texts, one of which is the answer"
     for text in choices:
         if not text or text != text.strip():
             return f"{text!r} is empty, or has white space around it, which no response has"

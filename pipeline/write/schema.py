@@ -191,7 +191,8 @@ def output_schema(
     if clash := sorted(set(ours) & {field.name for field in kept}):
         raise UsageError(
             f"The input has columns {clash}, which are names of our own. Set write.prefix (for example "
-            "write.prefix=vlm_), or leave them out with dataset.columns=[...]."
+            "write.prefix=vlm_), or leave them out with dataset.columns=[...]; a column of ids is named by "
+            "dataset.id_column."
         )
     for field in kept:
         if problem := _unwritable(field.type, options.compression):

@@ -279,7 +279,8 @@ def test_what_a_metric_cannot_use_names_the_record(tmp_path: Path, capsys: pytes
 def test_a_column_can_stand_for_the_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Answers against the reference of the same rows: a run is both sides."""
     make_run(tmp_path / "a", lambda key: str(1900 + key.row_index + (key.row_index == 2)))
-    found, _ = diff(capsys, tmp_path / "a", tmp_path / "a", a_response="year")
+    found, said = diff(capsys, tmp_path / "a", tmp_path / "a", a_response="year")
+    assert found["num_generated_tokens"] is None and "longer in b" not in said, "they are the response's"
     assert (found["changes"]["same"], found["changes"]["changed"]) == (5, 1)
     assert (found["a"]["label"], found["b"]["label"]) == ("year", "response")
     with pytest.raises(UsageError, match="a_response=image_sha256: the column has the type list"):

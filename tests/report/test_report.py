@@ -246,6 +246,10 @@ def test_scores_are_shown_where_there_are_some(tmp_path: Path) -> None:
     page = page_read(report(tmp_path / "out"))
     [row] = [row for row in page.all("tr") if row.all("th") and row.all("th")[0].text == "exact_match"]
     assert [cell.text for cell in row.all("td")] == ["0.7500", "0.5000 to 0.9100", "3"]
+    assert "earlier state" not in page.text
+    for count in ({"num_records": 2}, {"num_error_records": 1}):
+        (tmp_path / "out/score.json").write_text(json.dumps({"exact_match": scores["exact_match"] | count}))
+        assert "The scores are of an earlier state of the run" in page_read(report(tmp_path / "out")).text
     (tmp_path / "out/score.json").write_text("{")
     assert "score.json cannot be read" in page_read(report(tmp_path / "out")).text
 

@@ -114,7 +114,10 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
         ledger.expect(row(key.row_index, gold="x", kind="y"), [key], plan.shard(0))
         ledger.record(answer(key))
     ledger.close()
-    assert "unfinished   3 of 6 records of the run are there" in told(predictions=str(tmp_path), reference="gold")
+    words = {"predictions": str(tmp_path), "reference": "gold"}
+    assert "unfinished   3 of 6 records of the run are there" in told(**words)
+    found = scored(**words)["exact_match"]
+    assert (found["num_records"], found["num_error_records"]) == (3, 0), "by which the report knows old scores"
 
 
 def test_a_renamed_response_and_an_input_called_response(tmp_path: Path) -> None:
@@ -131,7 +134,8 @@ def test_a_renamed_response_and_an_input_called_response(tmp_path: Path) -> None
         ledger.record(answer(key, "of the model"))
     ledger.close()
     run = str(tmp_path)
-    assert scored(predictions=run, reference="response")["exact_match"]["value"] == 0
+    found = scored(predictions=run, reference="response")["exact_match"]
+    assert (found["value"], found["response_column"]) == (0, "caption"), "as the file has it"
     assert scored(predictions=run, reference="caption")["exact_match"]["value"] == 1
     assert scored(predictions=run, reference="response", response_column="caption")["exact_match"]["value"] == 0
     assert scored(predictions=run, reference="response", response_column="response")["exact_match"]["value"] == 1
@@ -156,6 +160,8 @@ def test_a_file_of_references_is_joined_by_id(tmp_path: Path) -> None:
     text = told(**words)
     assert "left out     4 records without a reference in the reference file" in text
     assert "not asked    1 of the ids in the reference file, which no record has" in text
+    with pytest.raises(UsageError, match=r"id_column=kind: the records of a run go by the ids"):
+        scored(**words, id_column="kind")
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".tsv", ".json", ".jsonl"])

@@ -20,6 +20,8 @@ from odd_model import LONE, NUL
 from PIL import Image
 
 from pipeline.audit import audit
+from pipeline.errors import UsageError
+from pipeline.results import results_of_run
 
 pytestmark = pytest.mark.slow  # make test has the kills, the races and the state machine
 
@@ -216,8 +218,11 @@ def test_no_rows(source: str, tmp_path: Path) -> None:
         pq.write_table(pa.table({"q": pa.array([], pa.string())}), tmp_path / "rows.parquet")
         words = ["dataset=parquet", f"dataset.path={tmp_path}/rows.parquet", *TEXT_ONLY, "prompt.user={{ q }}"]
     for _ in range(2):
-        assert "0 of 0 done" in fake_run(tmp_path, *words).printed
+        printed = fake_run(tmp_path, *words).printed
+        assert f"No row was found in {tmp_path}" in printed and "0 of 0 done" in printed and "data " not in printed
     assert audit(tmp_path / "out").passed
+    with pytest.raises(UsageError, match="the run has no rows, as none were found in"):
+        results_of_run(tmp_path / "out")
 
 
 @pytest.mark.parametrize("num_rows", [2, *(pytest.param(number, marks=pytest.mark.torture) for number in (1, 4))])
