@@ -35,7 +35,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
         ({"regex": "a", "choices": ["b"]}, "generation.regex and generation.choices are set"),
         ({"regex": "a", "ignore_eos": True}, "generation.ignore_eos=true goes on"),
         ({"regex": ""}, "generation.regex is empty"),
-        ({"choices": []}, "expected texts"),
+        ({"choices": []}, "expected a list of texts"),
         ({"choices": ["yes", "yes"]}, "stands there twice"),
         ({"choices": ["yes", " no"]}, "' no' is empty, or has white space around it"),
         ({"json_schema": "no.json"}, r"generation.json_schema=no.json: expected a JSON object, or the path"),
