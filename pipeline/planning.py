@@ -85,6 +85,7 @@ def open_plan(
             if not (output_dir / plan.inputs_file).exists():  # the first start was killed between the two files
                 _place_inputs(output_dir, plan, inputs_content(found or scan()))
             return plan if found is None else replace(plan, root=found.root)
+    finish_moving(output_dir)  # waits for another start that is moving a run aside: its plan goes first
     refuse_stray_shards(output_dir)
     try:
         prove_writable(output_dir)  # before a scan that may take minutes
