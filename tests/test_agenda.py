@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_run import finished_run, new_plan
+from small_run import finished_run, keys_of, new_ledger, new_plan, work
 
 from pipeline.agenda import Agenda
 from pipeline.errors import RunFailed
@@ -45,6 +45,15 @@ def test_what_others_have_done_counts(tmp_path: Path) -> None:
         tally = Tally(plan.num_records)
         Agenda(tmp_path, plan, None, rank, 2).settle(tally)
         assert tally.num_done == 14 and tally.num_answered == 0
+
+
+def test_journals_of_earlier_starts_are_seen(tmp_path: Path) -> None:
+    plan = new_plan(tmp_path, 6)
+    assert not Agenda(tmp_path, plan, None).has_journals
+    ledger = new_ledger(tmp_path, plan)
+    work(ledger, plan, plan.shard(0), list(keys_of(plan, plan.shard(0)))[:1])
+    ledger.close()
+    assert Agenda(tmp_path, plan, None).has_journals
 
 
 def test_who_ends_a_run_finds_what_the_names_hide(tmp_path: Path) -> None:

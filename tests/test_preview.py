@@ -121,6 +121,15 @@ def test_a_preview_shows_the_answers_that_the_run_will_write(vlm_batch: CommandL
     assert tree(tmp_path) == before, "a preview writes nothing"
 
 
+@pytest.mark.slow
+def test_what_a_new_engine_says_does_not_break_the_answer(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "preview", "rows=[2]"]
+    both = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    lines = [line for line in both.splitlines() if line]
+    said = next(place for place, line in enumerate(lines) if line.startswith("slots: logits agree"))
+    assert [line.split()[0] for line in lines[said + 1 :]][-2:] == ["answer", "ended"], both
+
+
 def test_a_row_is_shown_with_image_sizes_prompt_and_counts(tmp_path: Path) -> None:
     """Everything one wants to see before paying for a long run."""
     folder = pictures(tmp_path / "pictures")

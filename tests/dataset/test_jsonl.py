@@ -97,6 +97,12 @@ def test_a_line_that_does_not_parse_is_a_row_with_a_fault_that_names_the_line(tm
     assert any("1 lines do not parse" in warning for warning in config.scan().warnings)
 
 
+def test_a_file_of_which_no_line_parses_is_told_what_was_expected(tmp_path: Path) -> None:
+    config = manifest(tmp_path / "a.csv", "image,name\na.jpg,schön\n".encode("latin-1"))
+    config.image_column = None
+    assert any("no line of" in warning and "expected UTF-8" in warning for warning in config.scan().warnings)
+
+
 def test_the_line_of_a_fault_does_not_depend_on_where_reading_began(tmp_path: Path) -> None:
     lines = ['{"image": "a"}'] * (3 * MARK_EVERY)
     lines[200] = lines[205] = "torn"
