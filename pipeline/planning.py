@@ -86,7 +86,7 @@ def open_plan(
                 _place_inputs(output_dir, plan, inputs_content(found or scan()))
             return plan if found is None else replace(plan, root=found.root)
     finish_moving(output_dir)  # waits for another start that is moving a run aside: its plan goes first
-    refuse_stray_shards(output_dir)
+    refuse_stray_files(output_dir)
     try:
         prove_writable(output_dir)  # before a scan that may take minutes
     except OSError as problem:
@@ -225,7 +225,7 @@ def _source_is_gone(output_dir: Place, plan: Plan) -> bool:
     return len(published_shards(output_dir / "data", plan.plan_id)) < plan.num_shards
 
 
-def refuse_stray_shards(output_dir: Place) -> None:
+def refuse_stray_files(output_dir: Place) -> None:
     """Refuse a folder without a plan that holds shards, or files that a run would replace: they are somebody's.
 
     Raises:

@@ -18,7 +18,7 @@ from pipeline.dataset.extend import extended_inputs
 from pipeline.draft import drafted, grown_plan, may_grow, refuse_nothing_asked, versioned
 from pipeline.errors import SettingsChanged
 from pipeline.plan import Plan, Settings, read_inputs, read_plan
-from pipeline.planning import Resume, refuse_changes, refuse_stray_shards, unwritable
+from pipeline.planning import Resume, refuse_changes, refuse_stray_files, unwritable
 from pipeline.prompt.template import Template
 from pipeline.run import checked, scanned, settings_of
 from pipeline.status import Status, read_status
@@ -76,7 +76,7 @@ def foreseen(
         num_done = min(status.num_done, plan.num_records)
         return Foreseen(plan, inputs, template, schema, False, num_done, ranges, 0)
     if not _to_be_moved(config):
-        refuse_stray_shards(output_dir)
+        refuse_stray_files(output_dir)
     _refuse_unwritable(output_dir)
     inputs = scanned(config)
     template, schema = checked(config, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING
 
@@ -40,14 +41,11 @@ class Speaker:
         stream = AnswerStream(
             engine, self._processor.tokenizer, sample, stop_strings=self._config.generation.stop, halt=halt
         )
-        is_begun = False
-        for piece in stream:
-            if not is_begun:  # not before: an engine that is new has things to say first
-                self._terminal.begin(label)
-                is_begun = True
+        pieces = iter(stream)
+        opening = next(pieces, "")  # an engine that is new has things to say before it comes
+        self._terminal.begin(label)
+        for piece in itertools.chain([opening], pieces):
             self._terminal.add(piece)
-        if not is_begun:
-            self._terminal.begin(label)
         self._terminal.end()
         answer = stream.answer
         assert answer is not None, "an engine that nobody stopped answers its sample"

@@ -14,7 +14,7 @@ from pipeline.errors import RunFailed, UsageError
 from pipeline.redaction import without_credentials
 from pipeline.score.bootstrap import CONFIDENCE, NUM_RESAMPLES, Interval
 from pipeline.score.options import ScoreOptions
-from pipeline.score.predictions import ResultsTable, default_output
+from pipeline.score.predictions import default_output
 from pipeline.score.scoring import Score, Scores
 from pipeline.write.file import Place, place, replace_file
 
@@ -47,16 +47,19 @@ def _rows_file(scores: Scores, options: ScoreOptions, output: Place) -> Place | 
     """Beside predictions of others it is not made unasked: next to Parquet files it would be taken for one of them."""
     if options.score_rows:
         return place(options.score_rows)
-    is_run = isinstance(scores.table, ResultsTable) and scores.table.results.plan is not None
-    return output.parent / f"{output.name.removesuffix('.json')}_rows.parquet" if is_run else None
+    if scores.table.run is None:
+        return None
+    return output.parent / f"{output.name.removesuffix('.json')}_rows.parquet"
 
 
 def _json(scores: Scores, options: ScoreOptions) -> bytes:
     found = {}
-    run = _scored_run(scores)
+    run = scores.table.run
+    # By these a reader knows whether the run has changed since.
+    there = {} if run is None else {"num_records": run.num_records, "num_error_records": run.num_errors}
     for number, metric in enumerate(scores.metrics):
         entry = _entry(scores.overall[number]) | {
-            **run,
+            **there,
             "num_without_reference": scores.num_without_reference,
             "num_unused_references": scores.num_unused_references,
             "num_repeated": scores.num_repeated,
@@ -73,14 +76,6 @@ def _json(scores: Scores, options: ScoreOptions) -> bytes:
             entry["groups"] = [{"group": name} | _entry(of[number]) for name, of in scores.groups.items()]
         found[metric.name] = entry
     return (json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
-
-
-def _scored_run(scores: Scores) -> dict[str, int]:
-    """What there was of a run when it was scored, by which a reader knows whether it has changed since."""
-    table = scores.table
-    if not isinstance(table, ResultsTable) or table.results.plan is None:
-        return {}
-    return {"num_records": table.results.num_records, "num_error_records": table.results.num_errors}
 
 
 def _entry(score: Score) -> dict[str, Any]:

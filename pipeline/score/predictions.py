@@ -54,6 +54,11 @@ class ResultsTable:
     def path(self) -> Place:
         return self.results.path
 
+    @property
+    def run(self) -> Results | None:
+        """The records, where they are a run's."""
+        return None if self.results.plan is None else self.results
+
     def column(self, name: str) -> str:
         if name not in self.results.schema.names and name in self.results.names:  # a run that calls it otherwise
             return name
@@ -77,6 +82,11 @@ class LinesTable:
 
     path: Place
     names: frozenset[str]  # of the first records
+
+    @property
+    def run(self) -> None:
+        """They are no run's."""
+        return None
 
     def column(self, name: str) -> str:
         if name not in self.names:
@@ -159,8 +169,7 @@ class Identity:
 
 def identity_columns(table: ResultsTable | LinesTable, id_column: str) -> dict[str, str | None]:
     """The columns that identify a record, as they are asked for; None where the table has none of the kind."""
-    is_run = isinstance(table, ResultsTable) and table.results.plan is not None
-    names = {"id": "id" if is_run else id_column, "row_index": "row_index"}
+    names = {"id": id_column if table.run is None else "id", "row_index": "row_index"}
     names |= {"prompt_name": "prompt_name", "sample_index": "sample_index"}
     return {kind: table.column(name) if table.has(name) else None for kind, name in names.items()}
 
@@ -200,7 +209,7 @@ def _no_column(path: Place, name: str, names: Sequence[str]) -> UsageError:
 
 def default_output(table: ResultsTable | LinesTable) -> Place | None:
     """Where scores go unless told: beside what is scored; None where that is a glob."""
-    if isinstance(table, ResultsTable) and table.results.plan is not None:
+    if table.run is not None:
         return table.path / "score.json"
     if not (table.path.is_file() or table.path.is_dir()) or not isinstance(table.path, Path):
         return None

@@ -118,10 +118,9 @@ class _Source:
         if not self.table.has(self.response_column) and options.response_column is None:
             raise UsageError(f"{self.table.path} has no column 'response': name the answers' with response_column=.")
         self._asked["response"] = self._response(options.response_column)
-        if options.response_column is None and isinstance(self.table, ResultsTable):
-            self.response_column = self.table.results.names.get("response", self.response_column)
-        self._is_run = isinstance(self.table, ResultsTable) and self.table.results.plan is not None
-        if self._is_run and options.id_column != "id":
+        if isinstance(self.table, ResultsTable):
+            self.response_column = self.table.results.in_file(self._asked["response"])
+        if self.table.run is not None and options.id_column != "id":
             raise UsageError(
                 f"id_column={options.id_column}: the records of a run go by the ids that it gave them, in the column "
                 "'id'; dataset.id_column= of the run chooses others."
@@ -168,10 +167,10 @@ class _Source:
         if self.gold is None:
             return f"{self.table.path}: no record has a reference in {self.options.reference!r}; all are null."
         ours, theirs = ", ".join(map(repr, self._examples)), ", ".join(map(repr, list(self.gold.rows)[:2]))
+        words = "reference_id_column=" if self.table.run is not None else "id_column= and reference_id_column="
         return (
             f"{self.gold.path}: no id is one of the predictions', or all its answers are null. The predictions' ids "
-            f"are such as {ours}, the file's such as {theirs}. See {'' if self._is_run else 'id_column= and '}"
-            "reference_id_column=."
+            f"are such as {ours}, the file's such as {theirs}. See {words}."
         )
 
     def _read(self) -> Iterator[tuple[Identity, dict[str, list[Any]]]]:
