@@ -38,7 +38,7 @@ def test_rows_in_slots_give_the_logits_of_each_row_alone(name: str) -> None:
 def test_prompts_attended_to_some_queries_at_a_time_give_the_same(
     name: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt_attention, "_QUERIES", 8)
+    monkeypatch.setattr(prompt_attention, "_QUERIES", dict.fromkeys(prompt_attention.WAYS, 8))
     monkeypatch.setattr(prompt_attention, "_QUERIES_OF_IMAGES", 8)
     monkeypatch.setattr(speedups, "fastest_way", lambda *args, **kwargs: way)
     observed = Observed(name, engine="slots")

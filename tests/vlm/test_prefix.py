@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import torch
 from tiny_models import PAD, family
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.vlm.slots.final_layer import computed_at
 from pipeline.vlm.slots.prefix import Continuation, Prefix
+from pipeline.vlm.slots.prompt_attention import WAYS, Way, attend, attended
 
 _RANDOM = np.random.default_rng(5)
 PREFIXES = [_RANDOM.integers(10, 250, length) for length in (7, 12)]
@@ -81,21 +85,57 @@ def test_each_prompt_has_the_logits_and_cells_of_the_whole(
 
 
 @torch.inference_mode()
-def test_the_last_layer_computes_the_tokens_that_are_asked_for_and_no_others(model: Any) -> None:
+def test_the_last_layer_computes_the_tokens_that_are_asked_for_and_no_others(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = torch.from_numpy(_RANDOM.integers(10, 250, (2, 9)))
-    part = model.get_decoder().layers[-1].mlp
+    layer = model.get_decoder().layers[-1]
     widths: list[int] = []
-    handle = part.gate_proj.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
+    for part in (layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.gate_proj):
+
+        def watching(hidden: torch.Tensor, forward: Any = part.forward) -> torch.Tensor:
+            widths.append(hidden.shape[1])
+            found: torch.Tensor = forward(hidden)
+            return found
+
+        monkeypatch.setattr(part, "forward", watching)
     plain_2TV = model(input_ids=tokens).logits
     with computed_at(model, [4, 8]):
         found_2TV = model(input_ids=tokens).logits
     with pytest.raises(RuntimeError, match="boom"), computed_at(model, [-1]):
         raise RuntimeError("boom")
     model(input_ids=tokens)
-    handle.remove()
-    assert widths == [9, 2, 9]
+    assert widths == [9, 9, 9, 9, 2, 2, 9, 9, 9]  # keys and values of all
     torch.testing.assert_close(found_2TV[:, [4, 8]], plain_2TV[:, [4, 8]], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found_2TV[:, 3], plain_2TV[:, 3])
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("places", [[-1], [4, 8]])
+@torch.inference_mode()
+def test_the_last_layer_attends_from_the_tokens_that_are_asked_for(
+    model: Any, places: list[int], way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.from_numpy(_RANDOM.integers(10, 250, (2, 9)))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    plain_2TV = model(input_ids=tokens, attention_mask=mask).logits
+    numbers: list[int] = []
+
+    def watching(query_BQTD: torch.Tensor, *args: Any) -> torch.Tensor:
+        numbers.append(query_BQTD.shape[2])
+        return way.compute(query_BQTD, *args)
+
+    watched = partial(attend, way=replace(way, compute=watching))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, way.function, watched)
+    for given in (mask, None):
+        wanted_2TV = plain_2TV if given is not None else model(input_ids=tokens).logits
+        with computed_at(model, places), attended(model, way):
+            found_2TV = model(input_ids=tokens, attention_mask=given).logits
+        torch.testing.assert_close(found_2TV[:, places], wanted_2TV[:, places], rtol=1e-5, atol=1e-5)
+    with attended(model, way):
+        model(input_ids=tokens)
+    assert numbers == [9, len(places), 9, len(places), 9, 9]
 
 
 def test_a_forward_that_a_library_has_put_there_stays(model: Any) -> None:

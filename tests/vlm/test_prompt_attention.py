@@ -22,7 +22,7 @@ MODULE = SimpleNamespace(is_causal=True)
 
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_attention, "_QUERIES", 6)
+    monkeypatch.setattr(prompt_attention, "_QUERIES", dict.fromkeys(WAYS, 6))
     monkeypatch.setattr(prompt_attention, "_QUERIES_OF_IMAGES", 8)
     prompt_attention._of_this_forward.forget()
 
@@ -85,6 +85,24 @@ def test_each_query_gets_what_it_gets_in_the_whole(name: str, as_number: bool, g
     sees = mask.any(-1)[:, 0]
     assert found.isfinite().all()
     torch.testing.assert_close(found[sees], wanted[sees], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [0.0, 7.3])
+@pytest.mark.parametrize("name", MASKS)
+def test_half_precision_rounds_and_no_more(name: str, bias: float, dtype: torch.dtype, way: Way) -> None:
+    mask = MASKS[name]()
+    query = torch.randn(ROWS, HEADS, mask.shape[2], SIZE).to(dtype)
+    key, value = (torch.randn(ROWS, HEADS // 2, mask.shape[3], SIZE).to(dtype) for _ in range(2))
+    # Neighbours are looked at more than others; a number that half precision would round.
+    distance = torch.arange(mask.shape[3]) - torch.arange(mask.shape[2])[:, None]
+    added = (bias / (1 + distance.abs())).expand(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    whole = [tensor.float().repeat_interleave(2, 1) for tensor in (key, value)]
+    wanted = functional.scaled_dot_product_attention(query.float(), *whole, attn_mask=added).transpose(1, 2)
+    found, _ = attend(MODULE, query, key, value, added if bias else mask, way=way)
+    sees = mask.any(-1)[:, 0]
+    assert found.dtype == dtype and found.isfinite().all()
+    torch.testing.assert_close(found[sees].float(), wanted[sees], rtol=2e-2, atol=2e-2)
 
 
 def test_no_mask_is_causal(way: Way) -> None:
@@ -158,7 +176,7 @@ def test_the_model_has_its_own_functions_afterwards(way: Way) -> None:
     with attended(model, way):
         assert (text._attn_implementation, vision._attn_implementation) == (way.function, "sdpa")
         attend(MODULE, *torch.randn(3, ROWS, HEADS, NUM, SIZE).unbind(), None, way=way)
-        assert prompt_attention._of_this_forward._known
+        assert len(prompt_attention._of_this_forward)
     assert text._attn_implementation == "sdpa"
     with images_attended(model, way):
         seen = way.function if way.images else "sdpa"
@@ -169,7 +187,7 @@ def test_the_model_has_its_own_functions_afterwards(way: Way) -> None:
         with part(model, None):
             assert text._attn_implementation == vision._attn_implementation == "sdpa"
     assert text._attn_implementation == vision._attn_implementation == "sdpa"
-    assert not prompt_attention._of_this_forward._known
+    assert not len(prompt_attention._of_this_forward)
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "idefics2", "qwen2_5_vl"])

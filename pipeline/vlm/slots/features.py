@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from pipeline.records import EncodedSample
 from pipeline.vlm.base import Batcher, EngineCounts
 from pipeline.vlm.inputs import ModelInputs
+from pipeline.vlm.slots.unread_layers import left_out, unread_layers
 
 # Of pixels that go through the vision tower at once; more is no faster on a CPU, and its memory is slow to get.
 _GROUP_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
@@ -42,6 +44,8 @@ class ImageFeatures:
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._kept_bytes = 0
         self._group_rows = _GROUP_ROWS
+        self._model = model
+        self._unread_layers: list[torch.nn.Module] | None = None  # of the tower; not known yet
         self._constants: frozenset[str] | None = None  # of an output: the same however many images; not known yet
         self.counts = EngineCounts()
 
@@ -57,6 +61,13 @@ class ImageFeatures:
             for name in self._taken(sample)
             if name in compact or sample.tensors[name].dtype.kind == "f" or sample.tensors[name].ndim > 3
         ]
+
+    def stop_leaving_out(self) -> bool:
+        """Encode by whole towers from here on; False where that is done anyway."""
+        before, self._unread_layers = self._unread_layers, []
+        self._kept.clear()
+        self._kept_bytes = 0
+        return bool(before)
 
     @contextmanager
     def serving(self, samples: Sequence[EncodedSample]) -> Iterator[None]:
@@ -111,13 +122,12 @@ class ImageFeatures:
     @torch.inference_mode()
     def _encode(self, samples: Sequence[EncodedSample]) -> list[Any]:
         """The features of samples whose images have equal shapes, apart for each."""
-        assert self._original is not None
-        output = self._original(**self._inputs_of(samples, self._taken(samples[0])), return_dict=True)
+        output = self._output(samples)
         if len(samples) == 1:
             self.counts.num_images_encoded += 1
             return [output]
         if self._constants is None:
-            alone = self._original(**self._inputs_of(samples[:1], self._taken(samples[0])), return_dict=True)
+            alone = self._output(samples[:1])
             self._constants = frozenset(
                 name
                 for name, value in output.items()
@@ -129,6 +139,15 @@ class ImageFeatures:
             return [self._encode([sample])[0] for sample in samples]
         self.counts.num_images_encoded += len(samples)
         return parts
+
+    def _output(self, samples: Sequence[EncodedSample]) -> Any:
+        encode = self._original
+        assert encode is not None
+        inputs = self._inputs_of(samples, self._taken(samples[0]))
+        if self._unread_layers is None:
+            self._unread_layers = unread_layers(self._model, partial(encode, **inputs, return_dict=True))
+        with left_out(self._unread_layers):
+            return encode(**inputs, return_dict=True)
 
     def _inputs_of(self, samples: Sequence[EncodedSample], names: Sequence[str]) -> dict[str, Any]:
         batch = self._inputs(self._batcher.collate(samples))

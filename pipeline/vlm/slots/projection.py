@@ -3,6 +3,9 @@
 Joined: q, k and v (and gate and up) of one layer are one product over their weights laid end to end; the others return
 their parts of it. Separate products were the whole distance between transformers' modules and vLLM's (vllm#45284).
 
+Activated: where a layer's output goes through SiLU or GELU and nowhere else, its packed product applies that, too
+(product.py).
+
 Packed, on a CPU: weights are laid out as oneDNN's kernels read them; and in float32 beside bfloat16, because on many
 CPUs a large product in bfloat16 takes longer than the same in float32 (measured on a Xeon with AVX512-BF16 and no AMX,
 GFLOP/s a core, plain bfloat16, packed bfloat16, packed float32: 56, 74, 63 with 16 rows; 72, 78, 114 with 64; 78, 84,
@@ -24,43 +27,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pipeline.vlm.failure import raise_fatal
+from pipeline.vlm.slots.product import ACTIVATIONS, COPY_BYTES, KERNELS, Activation, Product, packed
 from pipeline.vlm.slots.race import best_seconds
 
 log = logging.getLogger(__name__)
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+# A layer and what its output goes through, by their names in one module; whether it does is tried (`_is_same`).
+_ACTIVATED = (("gate_proj", "act_fn"), ("fc1", "activation_fn"))
+_SAMPLE_ROWS = 8
 _PROBED_ROWS = (16, 64, 512)
 _BORDERS = (24, 128)  # rows from which on the next of them tells
 _PROBED_OUTPUTS = 4096
 _PROBED_BYTES = 96 << 20
 _WORTH = 1.05  # a copy of all weights has to be faster by so much
-
-# input [M, K] -> output [M, N]
-Product = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _plain(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Product:
-    return lambda x_MK: functional.linear(x_MK, weight_NK, bias_N)
-
-
-def _packed(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK)
-    multiply = torch.ops.mkldnn._linear_pointwise
-    return lambda x_MK: multiply(x_MK, packed, bias_N, "none", [], "")
-
-
-def _packed_float32(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Product:
-    dtype = weight_NK.dtype
-    product = _packed(weight_NK.float(), None if bias_N is None else bias_N.float())
-    return lambda x_MK: product(x_MK.float()).to(dtype)
-
-
-_KERNELS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Product]] = {
-    "plain": _plain,
-    "packed": _packed,
-    "packed float32": _packed_float32,
-}
-_COPY_BYTES = {"plain": 0, "packed": 1, "packed float32": 2}  # times those of a weight in half precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +59,14 @@ class Choice:
         """
         names = tuple(part.partition(" rows: ")[2] for part in text.split(", "))
         choice = cls(names)
-        if len(names) != len(_PROBED_ROWS) or not set(names) <= _KERNELS.keys() or str(choice) != text:
+        if len(names) != len(_PROBED_ROWS) or not set(names) <= KERNELS.keys() or str(choice) != text:
             raise ValueError(f"{text!r} is no choice of products like {cls()}")
         return choice
 
     @property
     def copy_factor(self) -> int:
         """Bytes of all copies, over those of the weights."""
-        return sum(_COPY_BYTES[name] for name in set(self.names))
+        return sum(COPY_BYTES[name] for name in set(self.names))
 
     def __str__(self) -> str:
         return ", ".join(f"{rows} rows: {name}" for rows, name in zip(_PROBED_ROWS, self.names, strict=False))
@@ -99,29 +80,35 @@ def probed(weights_NK: Sequence[torch.Tensor]) -> Choice:
     weights_NK = [weight_NK[:_PROBED_OUTPUTS].contiguous() for weight_NK in weights_NK]
     kinds = ["plain", "packed"] + ["packed float32"] * (weights_NK[0].dtype != torch.float32)
     try:
-        products = {name: [_KERNELS[name](weight_NK, None) for weight_NK in weights_NK] for name in kinds}
-        return Choice(tuple(_fastest(products, weights_NK[0], num_rows) for num_rows in _PROBED_ROWS))
+        products = {name: [KERNELS[name](weight_NK, None) for weight_NK in weights_NK] for name in kinds}
+        return _fastest([_seconds(products, weights_NK[0], num_rows) for num_rows in _PROBED_ROWS])
     except (RuntimeError, AttributeError, NotImplementedError) as problem:  # a torch built without oneDNN
         log.info("weights are not packed: %s", str(problem).split("\n")[0])
         return Choice()
 
 
-def _fastest(products: dict[str, list[Product]], like_NK: torch.Tensor, num_rows: int) -> str:
+def _seconds(products: dict[str, list[Product]], like_NK: torch.Tensor, num_rows: int) -> dict[str, float]:
+    """What each kernel takes for so many rows."""
     x_MK = like_NK.new_ones(num_rows, like_NK.shape[1])
 
     def call(several: list[Product]) -> None:
         for product in several if num_rows < _BORDERS[1] else several[:1]:
             product(x_MK)
 
-    seconds = best_seconds({name: partial(call, several) for name, several in products.items()})
-    best = min(seconds, key=lambda name: seconds[name])
-    return best if seconds["plain"] > _WORTH * seconds[best] else "plain"
+    return best_seconds({name: partial(call, several) for name, several in products.items()})
+
+
+def _fastest(seconds: Sequence[dict[str, float]]) -> Choice:
+    """Of kernels for few rows, some and many. A copy that is worth its memory for some rows serves all that it can."""
+    best = [min(each, key=lambda name: each[name]) for each in seconds]
+    copies = {name for name, each in zip(best, seconds, strict=True) if each["plain"] > _WORTH * each[name]}
+    return Choice(tuple(min({"plain", *copies}, key=lambda name: each[name]) for each in seconds))
 
 
 class Joint:
     """One product for several layers of the same input."""
 
-    def __init__(self, layers: Sequence[nn.Linear], choice: Choice) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], choice: Choice, activation: Activation | None = None) -> None:
         self.sizes = [layer.out_features for layer in layers]
         weight_NK: torch.Tensor = layers[0].weight.data
         bias_N: torch.Tensor | None = layers[0].bias
@@ -133,8 +120,11 @@ class Joint:
             for layer in layers:  # they are parts of it from here on: nothing is there twice
                 layer.weight.data = weight_NK[start : start + layer.out_features]
                 start += layer.out_features
-        products = {name: _KERNELS[name](weight_NK, bias_N) for name in set(choice.names)}
-        self._products = [products[name] for name in choice.names]
+        if activation is not None:
+            self._products = [packed(weight_NK, bias_N, activation)] * len(choice.names)
+        else:
+            products = {name: KERNELS[name](weight_NK, bias_N) for name in set(choice.names)}
+            self._products = [products[name] for name in choice.names]
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
 
@@ -198,7 +188,7 @@ class Projections:
         free_bytes: int,
         choose: Callable[[list[torch.Tensor]], Choice] = probed,
     ) -> None:
-        self._replaced: list[tuple[nn.Module, str, nn.Linear]] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self.choice = Choice()
         linears: list[Any] = [module for module in model.modules() if _is_plain(module)]
         if pack and linears and linears[0].weight.device.type == "cpu":
@@ -209,6 +199,8 @@ class Projections:
                 self.choice = Choice()
         packs = self.choice != Choice()
         for parent in list(model.modules()):
+            for name, function in _ACTIVATED if self.choice.names[-1] == "packed" else ():
+                self._activate(parent, name, function)
             for names in _groups(parent) if fuse else ():
                 self._replace(parent, names)
             for name, layer in list(parent.named_children()) if packs else ():
@@ -219,16 +211,37 @@ class Projections:
 
     def restore(self) -> None:
         """The model as it was."""
-        for parent, name, layer in self._replaced:
-            setattr(parent, name, layer)
-        self._replaced = []
+        self._restore(0)
+
+    def _restore(self, num_replaced: int) -> None:
+        """All that was replaced after so many."""
+        for parent, name, module in self._replaced[num_replaced:]:
+            setattr(parent, name, module)
+        del self._replaced[num_replaced:]
+
+    def _activate(self, parent: nn.Module, name: str, function_name: str) -> None:
+        """Have a layer's product apply what its output goes through, if `parent` computes the same with that."""
+        layer: Any = getattr(parent, name, None)
+        activation = ACTIVATIONS.get(type(getattr(parent, function_name, None)))
+        if activation is None or not _is_plain(layer):
+            return
+        wanted, num_replaced = _sample_output(parent, layer), len(self._replaced)
+        if wanted is None:
+            return
+        self._put(parent, name, Projection(layer, Joint([layer], self.choice, activation), 0))
+        self._put(parent, function_name, nn.Identity())
+        if not _is_same(wanted, _sample_output(parent, layer)):
+            self._restore(num_replaced)
+
+    def _put(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        self._replaced.append((parent, name, getattr(parent, name)))
+        setattr(parent, name, module)
 
     def _replace(self, parent: nn.Module, names: Sequence[str]) -> None:
         layers: list[Any] = [getattr(parent, name) for name in names]
         joint = Joint(layers, self.choice)
         for place, (name, layer) in enumerate(zip(names, layers, strict=True)):
-            self._replaced.append((parent, name, layer))
-            setattr(parent, name, Projection(layer, joint, place))
+            self._put(parent, name, Projection(layer, joint, place))
 
 
 def _largest_alike(linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
@@ -238,6 +251,25 @@ def _largest_alike(linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
         by_shape.setdefault(layer.weight.shape, []).append(layer.weight)
     weights = max(by_shape.values(), key=lambda alike: sum(weight.numel() for weight in alike))
     return weights[: max(1, _PROBED_BYTES // weights[0].nbytes)]
+
+
+@torch.inference_mode()
+def _sample_output(parent: nn.Module, layer: Any) -> torch.Tensor | None:
+    """What a module makes of some rows; None where it takes or gives other things than a tensor."""
+    rows_MK = torch.arange(_SAMPLE_ROWS * layer.in_features).sin().view(1, _SAMPLE_ROWS, -1).to(layer.weight.dtype)
+    try:
+        found = parent(rows_MK)
+    except Exception as problem:  # whatever a model finds to say about our way of calling its parts
+        raise_fatal(problem)
+        return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _is_same(wanted: torch.Tensor, found: torch.Tensor | None) -> bool:
+    if found is None or found.shape != wanted.shape:
+        return False
+    allowed = 1e-5 if wanted.dtype == torch.float32 else 2e-2
+    return bool((found - wanted).abs().max() <= allowed * wanted.abs().max())
 
 
 def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:

@@ -24,13 +24,17 @@ def attend(
     cells = step.row_cells()
     both = [(part, *stored(part.share)) for part in (*cells.own, *cells.prefixes)]
     query_BHGD = query_BHGD * scale
-    scores_BHGL = query_BHGD.new_empty(*query_BHGD.shape[:3], cells.num_cells)
-    for part, keys, _ in both:
-        scores_BHGL[part.rows, ..., part.cells] = part.scores(query_BHGD[part.rows], keys)
+    if len(both) == 1:
+        [(part, keys, _)] = both
+        scores_BHGL = part.scores(query_BHGD, keys)
+    else:
+        scores_BHGL = query_BHGD.new_empty(*query_BHGD.shape[:3], cells.num_cells)
+        for part, keys, _ in both:
+            scores_BHGL[part.rows, ..., part.cells] = part.scores(query_BHGD[part.rows], keys)
     if softcap is not None:
         scores_BHGL = softcap * torch.tanh(scores_BHGL / softcap)
-    scores_BHGL.masked_fill_(cells.mask(window), -torch.inf)
-    shares_BHGL = torch.softmax(scores_BHGL, -1, dtype=torch.float32).to(query_BHGD.dtype)
+    scores_BHGL.masked_fill_(cells.mask(window), -torch.inf)  # whatever they are: what nobody wrote may be anything
+    shares_BHGL = torch.softmax(scores_BHGL, -1)  # computes in float32, and rounds once
     mixed = [part.mixed(shares_BHGL[part.rows, ..., part.cells], values) for part, _, values in both]
     own, prefixes = mixed[: len(cells.own)], mixed[len(cells.own) :]
     out_BHGD = own[0] if len(own) == 1 else torch.cat(own)

@@ -1,7 +1,7 @@
 """What makes a model faster in the slots: kernels chosen by time, the same at every start of a run.
 
-Each can be given up, the most dispensable first: the reuse of encoded images, recorded steps, attention to prompts, and
-then the products.
+Each can be given up, the most dispensable first: leaving out what nothing looks at of the vision tower, the reuse of
+encoded images, recorded steps, attention to prompts, and then the products.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Speedups:
 
         difference: what was found wrong, for the log.
         """
-        if self.features is not None:
+        if self.features is not None and self.features.stop_leaving_out():
+            log.info("slots: all layers of the vision tower are computed, as otherwise %s", difference)
+        elif self.features is not None:
             self.features = None
             log.info("slots: images are encoded with their prompts, as otherwise %s", difference)
         elif self.record is not None:
