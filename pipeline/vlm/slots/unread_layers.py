@@ -30,8 +30,6 @@ def unread_layers(model: Any, encode: Callable[[], Any]) -> list[torch.nn.Module
     if not layers:
         return []
     wanted = _features(encode())
-    if not _same(wanted, _features(encode())):  # a tower that draws random numbers: nothing can be told
-        return []
     found: list[torch.nn.Module] = []
     for layer in reversed(layers[1:]):
         seen: list[bool] = []
@@ -47,6 +45,7 @@ def unread_layers(model: Any, encode: Callable[[], Any]) -> list[torch.nn.Module
                 spoilt = _features(encode())
         finally:
             handle.remove()
+        # Of a tower that draws random numbers nothing can be told: its features are never the same.
         if not seen or not all(seen) or not _same(wanted, spoilt):
             break
         found.append(layer)
